@@ -1,0 +1,111 @@
+"""Walks over the schema: every key with its type, default and meaning, and the keys that a section knows."""
+
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from ultravox.config.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """One key of the configuration, as the docs and ``--help`` show it."""
+
+    path: str  # dotted; "stages[].optim.lr.projector"
+    type: str
+    default: str  # as YAML; "required" where there is none
+    description: str
+    is_section: bool
+
+
+def describe_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[KeyInfo]:
+    """Every key in the order of the schema, sections before what they hold."""
+    return list(_describe(model, prefix, model.model_fields))
+
+
+def field_names_at(path: Sequence[str | int], model: type[BaseModel] = RunConfig) -> list[str] | None:
+    """The keys known in the section at ``path`` (("stages", 0, "optim")), or None where no section is."""
+    section: type[BaseModel] | None = model
+    for part in path:
+        if isinstance(part, int):
+            continue  # a list of sections: the field before it gave the item's class
+        if section is None or part not in section.model_fields:
+            return None
+        section = _section_of(section.model_fields[part].annotation)
+    return None if section is None else list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class that a field holds: itself, or the item of its list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is list:
+        return _section_of(get_args(annotation)[0])
+    return None
+
+
+def _describe(model: type[BaseModel], prefix: str, fields: dict[str, FieldInfo]) -> Iterator[KeyInfo]:
+    for name, info in fields.items():
+        path = f"{prefix}{name}"
+        section = _section_of(info.annotation)
+        if section is None:
+            yield KeyInfo(
+                path, _type_name(info.annotation, info.metadata), _default(info), info.description or "", False
+            )
+            continue
+        is_list = get_origin(info.annotation) is list
+        required = "required" if info.is_required() else ""
+        yield KeyInfo(
+            f"{path}[]" if is_list else path, "list" if is_list else "section", required, info.description or "", True
+        )
+        # a section's defaults may differ from its class's: show those of this place
+        yield from _describe(section, f"{path}[]." if is_list else f"{path}.", section.model_fields)
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True, validated_data={})
+    return "required" if value is PydanticUndefined else _as_yaml(value)
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_as_yaml(item) for item in value)}]"
+    return str(value)
+
+
+def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " or ".join(str(value) for value in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " or ".join(
+            _type_name(part, metadata if part is not type(None) else ()) for part in get_args(annotation)
+        )
+    if origin is list:
+        return f"list of {_type_name(get_args(annotation)[0])}"
+    if origin is tuple:
+        return f"{len(get_args(annotation))} × {_type_name(get_args(annotation)[0])}"
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        inner = [constraint for part in annotation.__metadata__ for constraint in getattr(part, "metadata", [part])]
+        return _type_name(annotation.__origin__, inner)
+    if annotation is type(None):
+        return "null"
+    name = {int: "integer", float: "number", str: "text", bool: "true or false"}.get(annotation, str(annotation))
+    return f"{name}{_range(metadata)}" if annotation in (int, float) else name
+
+
+def _range(metadata: Sequence[Any]) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    parts = [f"{sign} {getattr(item, key)}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
+    return f" {', '.join(parts)}" if parts else ""
