@@ -1,0 +1,143 @@
+"""The arithmetic that training on a CPU spends its time in: linear layers and attention.
+
+PyTorch sends a float32 ``linear`` to MKL, which picks slow kernels on processors that are not Intel's; oneDNN, which
+PyTorch also carries, compiles its own for what the processor has. ``benchmarks/matmul.py`` measures both. Everywhere
+else (CUDA, other dtypes, builds without oneDNN) these functions are plain PyTorch.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+ATTENTION_NAME = "ultravox_cpu"
+
+
+def uses_onednn(tensor: Tensor) -> bool:
+    """Whether `linear` takes the oneDNN way for this input."""
+    return _HAS_ONEDNN and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
+
+
+def matmul_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T (+ bias)`` in float32 on a CPU, x [row, in], weight [out, in]; no gradient is recorded."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN forward and input gradient; the weight's gradient only where it is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows if weight.requires_grad else x.new_empty(0), weight)
+        ctx.input_shape, ctx.has_bias = x.shape, bias is not None
+        return matmul_transposed(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, weight.shape[0])
+        x_gradient = weight_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = matmul_transposed(gradient, weight.t()).view(ctx.input_shape)
+        if ctx.needs_input_grad[1]:
+            weight_gradient = matmul_transposed(gradient.t().contiguous(), rows.t())
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            bias_gradient = gradient.sum(0)
+        return x_gradient, weight_gradient, bias_gradient
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` by the fastest kernel: x [..., in], weight [out, in] → [..., out]."""
+    if not uses_onednn(x) or weight.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+class FastLinear(nn.Linear):
+    """``nn.Linear`` through `linear`: same parameters, same names, same result up to rounding."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
+        return linear(input, self.weight, self.bias)
+
+
+def use_fast_linears(module: nn.Module) -> None:
+    """Let each plain ``nn.Linear`` inside compute through `linear`. Parameters and state-dict names stay."""
+    for child in module.modules():
+        if type(child) is nn.Linear:
+            child.__class__ = FastLinear
+
+
+class _Attention(torch.autograd.Function):
+    """Softmax attention for short sequences with grouped keys, which are never repeated.
+
+    The flash kernel for CPUs is made for long sequences: at 50 tokens its backward takes three times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        batch, heads, targets, width = query.shape
+        groups, sources = key.shape[1], key.shape[2]
+        q = (query * scale).reshape(batch * groups, -1, width)
+        k = key.reshape(batch * groups, sources, width)
+        v = value.reshape(batch * groups, sources, -1)
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if bias is not None:
+            scores.view(batch, heads, targets, sources).add_(bias)
+        weights = torch.softmax(scores, -1)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.shapes, ctx.scale = (query.shape, key.shape, value.shape), scale
+        return torch.bmm(weights, v).view(batch, heads, targets, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        query_shape, key_shape, value_shape = ctx.shapes
+        gradient = gradients[0].reshape(q.shape[0], q.shape[1], -1)
+        value_gradient = torch.bmm(weights.transpose(1, 2), gradient)
+        scores_gradient = torch._softmax_backward_data(
+            torch.bmm(gradient, v.transpose(1, 2)), weights, -1, weights.dtype
+        )
+        query_gradient = torch.bmm(scores_gradient, k).mul_(ctx.scale)
+        key_gradient = torch.bmm(scores_gradient.transpose(1, 2), q)
+        return (
+            query_gradient.view(query_shape),
+            key_gradient.view(key_shape),
+            value_gradient.view(value_shape),
+            None,
+            None,
+        )
+
+
+def short_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention function in the form that transformers registers: query [batch, head, target, width] and so on.
+
+    Returns [batch, target, head, width]. Refuses dropout, which the language models here do not use.
+    """
+    if dropout:
+        raise ValueError("attention dropout is not supported by this attention; set attention_dropout to 0 or use sdpa")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = _Attention.apply(query, key, value, attention_mask, scale)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def register_attention() -> str:
+    """Make `short_attention` known to transformers; returns its name, for ``set_attn_implementation``."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, short_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, eager_mask)
+    return ATTENTION_NAME
