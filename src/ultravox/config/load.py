@@ -221,15 +221,22 @@ def _apply_overrides(document: _Document, overrides: Sequence[str]) -> None:
         if not re.match(r"--[A-Za-z]", word):
             raise ConfigError(f"{COMMAND_LINE}: expected an override such as --stages.tune.max_steps 10, got {word!r}")
         key, equals, text = word[2:].partition("=")
+        _check_first_word(key)
         if not equals:
             if not queue or re.match(r"--[A-Za-z]", queue[0]):
                 raise ConfigError(f"{COMMAND_LINE}: --{key} lacks its value (write --{key} VALUE)")
             text = queue.pop(0)
         try:
-            value = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+            value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
             value = text
         _set(document, key, value)
+
+
+def _check_first_word(key: str) -> None:
+    first, names = key.replace("-", "_").split(".")[0], field_names_at(()) or []
+    if first not in names:  # said before "lacks its value": --resum is a misspelt option rather than half an override
+        _raise_unknown(COMMAND_LINE, first, (), names)
 
 
 def _set(document: _Document, key: str, value: Any) -> None:
@@ -267,9 +274,8 @@ def _find_in_list(items: list[Any], part: str, path: KeyPath) -> int:
     if part.isdigit() and int(part) < len(items):
         return int(part)
     known = [name for name in names if isinstance(name, str)]
-    raise ConfigError(
-        f"{COMMAND_LINE}: nothing named {part!r} in {_dotted(path)} ({', '.join(known) or len(items)}){_hint(part, known)}"
-    )
+    holds = ", ".join(known) or f"{len(items)} items"
+    raise ConfigError(f"{COMMAND_LINE}: nothing named {part!r} in {_dotted(path)} ({holds}){_hint(part, known)}")
 
 
 # Checking

@@ -1,7 +1,7 @@
 """What a run configuration may hold: every key with its type, default, range and meaning.
 
-The YAML file, the ``--key value`` overrides, ``docs/configuration.md`` and ``ultravox train --help`` all come from these
-classes. Classes elsewhere take plain arguments; only the factories and ``cli`` read a configuration.
+The YAML file, the ``--key value`` overrides, ``docs/configuration.md`` and ``ultravox train --help`` all come from
+these classes. Classes elsewhere take plain arguments; only the factories and ``cli`` read a configuration.
 """
 
 from typing import Annotated, Any, Literal

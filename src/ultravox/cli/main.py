@@ -1,0 +1,171 @@
+"""The ``ultravox`` command: finds the chosen command's file, parses its arguments, turns errors into one line.
+
+Only the chosen command's module is imported, and it imports what is heavy inside ``run``: help comes at once.
+A command module holds ``HELP: str``, ``add_arguments(parser)`` and ``run(args) -> int``; with ``TAKES_OVERRIDES = True``
+it also gets every ``--key value`` that it does not know, as ``args.overrides``; ``epilog() -> str`` ends its help.
+"""
+
+import argparse
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import NoReturn
+
+from ultravox import __version__
+from ultravox.errors import UltravoxError
+
+COMMANDS = {
+    "train": "train a model as a config file says",
+    "evaluate": "measure a trained model on held-out speech, with controls and bounds, and write a report",
+    "ask": "ask a model about recordings; the answer streams",
+    "transcribe": "write down what is said in audio files",
+    "chat": "talk with a model over several turns, with recordings in any of them",
+    "models": "list the bundled models, or fetch some",
+    "data": "list the bundled datasets, or fetch some",
+}
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full; free some space and start again",
+    errno.EDQUOT: "your disk quota is used up; free some space and start again",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "permission denied; choose another place or change its permissions",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with the house's form of an error: one line, exit code 2."""
+
+    def __init__(self, prog: str, make_epilog: Callable[[], str] | None = None, **kwargs) -> None:
+        super().__init__(prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.make_epilog = make_epilog
+
+    def format_help(self) -> str:
+        if self.make_epilog is not None:
+            self.epilog = self.make_epilog()  # only now: it may take time
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_ERROR, f"ultravox: error: {message} (see {self.prog} --help)\n")
+
+
+def entry() -> None:
+    """Entry point of the console script."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 when it went well, 2 when what the user gave cannot work, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help(), end="")
+        return 0 if words else EXIT_ERROR
+    if words[0] in ("-V", "--version"):
+        print(f"ultravox {__version__}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(COMMANDS)}"
+        return _fail(f"unknown command '{name}'; {hint}")
+    try:
+        return _run(name, words[1:])
+    except SystemExit as stop:  # argparse has already said why
+        return stop.code if isinstance(stop.code, int) else EXIT_ERROR
+    except KeyboardInterrupt:
+        print("\nultravox: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader (head, less) has gone; point stdout elsewhere, or Python complains once more while it closes it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except Exception as error:
+        message = explain(error)
+        if message is None or os.environ.get("ULTRAVOX_TRACEBACK"):
+            raise
+        return _fail(message)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the user can mend; None for a fault of ours, which deserves its traceback."""
+    if isinstance(error, UltravoxError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        place = f"{error.filename}: " if error.filename else ""
+        return place + DISK_ERRORS[error.errno]
+    if "No space left on device" in str(error):  # safetensors and torch raise errors of their own
+        return DISK_ERRORS[errno.ENOSPC]
+    return None
+
+
+def build_parser(name: str) -> tuple[argparse.ArgumentParser, ModuleType]:
+    """The parser of one command, with its module; imports that module only."""
+    module = import_module(f"ultravox.cli.{name}")
+    parser = _Parser(f"ultravox {name}", getattr(module, "epilog", None), description=module.HELP)
+    module.add_arguments(parser)
+    return parser, module
+
+
+def _run(name: str, words: list[str]) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    parser, module = build_parser(name)
+    overrides: list[str] = []
+    if getattr(module, "TAKES_OVERRIDES", False):
+        words, overrides = split_overrides(words, parser)
+    args = parser.parse_args(words)
+    args.overrides = overrides
+    return int(module.run(args) or 0)
+
+
+def split_overrides(words: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Part ``--key value`` and ``--key=value`` that the parser does not know from the words that it does.
+
+    argparse cannot: it would take the value of an unknown option for a positional argument.
+    """
+    known = set(parser._option_string_actions)
+    mine: list[str] = []
+    overrides: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not re.match(r"--[A-Za-z]", word) or word.partition("=")[0] in known:
+            mine.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and queue and not re.match(r"--[A-Za-z]", queue[0]):
+            overrides.append(queue.pop(0))
+    return mine, overrides
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ultravox COMMAND …",
+            "",
+            "Train, evaluate and talk to large language models that hear.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "ultravox COMMAND --help explains one command; ultravox --version prints the version.",
+            "",
+        ]
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"ultravox: error: {message}", file=sys.stderr)
+    return EXIT_ERROR

@@ -1,0 +1,45 @@
+"""``ultravox train``: one run, as its config file says."""
+
+import argparse
+from pathlib import Path
+
+HELP = "Train a model as a config file says; any key of it can be overridden on the command line."
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config file and --resume; every other --key is a key of the config."""
+    parser.usage = "ultravox train CONFIG [--resume] [--KEY VALUE …]"
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the run, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run's last checkpoint, exactly as if it had not stopped"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the config, then train."""
+    from ultravox.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+
+    from ultravox.cli.wiring import run_training
+
+    run_training(config, resume=args.resume)
+    return 0
+
+
+def epilog() -> str:
+    """Every key of the config, from the schema."""
+    import textwrap
+
+    from ultravox.config.load import describe_keys
+
+    lines = ["keys (stages by name: --stages.tune.max_steps 10):"]
+    for key in describe_keys():
+        if key.is_section:
+            lines.append(f"\n  {key.path}: {key.description}")
+            continue
+        default = "required" if key.default == "required" else f"default {key.default}"
+        lines.append(f"  --{key.path.replace('[]', '.NAME')}  {key.type}; {default}")
+        lines.extend(textwrap.wrap(key.description, 100, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines)
