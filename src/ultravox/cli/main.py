@@ -1,8 +1,8 @@
 """The ``ultravox`` command: finds the chosen command's file, parses its arguments, turns errors into one line.
 
 Only the chosen command's module is imported, and it imports what is heavy inside ``run``: help comes at once.
-A command module holds ``HELP: str``, ``add_arguments(parser)`` and ``run(args) -> int``; with ``TAKES_OVERRIDES = True``
-it also gets every ``--key value`` that it does not know, as ``args.overrides``; ``epilog() -> str`` ends its help.
+A command module holds ``HELP: str``, ``add_arguments(parser)`` and ``run(args) -> int``. With
+``TAKES_OVERRIDES = True`` it also gets every ``--key value`` that it does not know, as ``args.overrides``; ``epilog() -> str`` ends its help.
 """
 
 import argparse
@@ -142,6 +142,9 @@ def split_overrides(words: Sequence[str], parser: argparse.ArgumentParser) -> tu
         if not re.match(r"--[A-Za-z]", word) or word.partition("=")[0] in known:
             mine.append(word)
             continue
+        # a misspelt option would swallow the next word as its value
+        if "." not in word and (close := difflib.get_close_matches(word, known, n=1, cutoff=0.8)):
+            parser.error(f"unknown option {word}; did you mean {close[0]}?")
         overrides.append(word)
         if "=" not in word and queue and not re.match(r"--[A-Za-z]", queue[0]):
             overrides.append(queue.pop(0))

@@ -10,7 +10,9 @@ TAKES_OVERRIDES = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The config file and --resume; every other --key is a key of the config."""
     parser.usage = "ultravox train CONFIG [--resume] [--KEY VALUE …]"
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the run, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "config", metavar="CONFIG", type=Path, help="YAML file of the run, such as configs/quickstart.yaml"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the run's last checkpoint, exactly as if it had not stopped"
     )

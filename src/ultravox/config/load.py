@@ -240,7 +240,7 @@ def _check_first_word(key: str) -> None:
 
 
 def _set(document: _Document, key: str, value: Any) -> None:
-    parts = key.replace("-", "_").split(".")
+    parts = key.split(".")
     here: Any = document.data
     path: KeyPath = ()
     for position, part in enumerate(parts):
@@ -249,8 +249,9 @@ def _set(document: _Document, key: str, value: Any) -> None:
             step: str | int = _find_in_list(here, part, path)
             exists = True
         elif isinstance(here, dict):
+            part = part.replace("-", "_")  # --run-dir as well as --run_dir; names in lists keep their dashes
             step, exists = part, part in here
-            names = field_names_at((*path,))
+            names = field_names_at(path)
             if names is not None and part not in names:
                 _raise_unknown(COMMAND_LINE, part, path, names)
         else:
