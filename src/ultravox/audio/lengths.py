@@ -1,0 +1,48 @@
+"""The one length arithmetic: samples -> mel frames -> encoder frames -> language model positions.
+
+The collator, the model, the processor and the server all call these functions, so that they cannot disagree.
+"""
+
+from collections.abc import Sequence
+
+SAMPLE_RATE = 16_000  # samples per second, everywhere
+HOP_LENGTH = 160  # samples between two mel frames
+MEL_FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH  # 100
+ENCODER_STRIDE = 2  # the Whisper encoder's second convolution halves the frames
+ENCODER_FRAMES_PER_SECOND = MEL_FRAMES_PER_SECOND // ENCODER_STRIDE  # 50
+MAX_WINDOW_SECONDS = 30  # Whisper's position table ends here
+MAX_WINDOW_SAMPLES = MAX_WINDOW_SECONDS * SAMPLE_RATE
+MIN_MEL_FRAMES = 2  # the spectrogram's reflected border (200 samples) needs more samples than one hop
+
+
+def _ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def num_mel_frames(num_samples: int) -> int:
+    """Mel frames of a window of `num_samples`, whose tail is zero-padded to a whole hop, so that none of it is lost."""
+    return max(MIN_MEL_FRAMES, _ceil_div(num_samples, HOP_LENGTH))
+
+
+def num_encoder_frames(num_mel_frames: int) -> int:
+    """Whisper encoder frames of a window of `num_mel_frames`."""
+    return _ceil_div(num_mel_frames, ENCODER_STRIDE)
+
+
+def num_audio_tokens(num_frames: int, stack_factor: int) -> int:
+    """Language model positions of a window of `num_frames` encoder frames, the last stack zero-padded."""
+    return _ceil_div(num_frames, stack_factor)
+
+
+def num_convolution_frames(num_samples: int, layers: Sequence[Sequence[int]]) -> int:
+    """Frames that unpadded (kernel, stride) convolutions make of `num_samples` (wav2vec 2.0, HuBERT)."""
+    frames = num_samples
+    for kernel, stride in layers:
+        frames = (frames - kernel) // stride + 1
+    return max(0, frames)
+
+
+def window_lengths(num_samples: int) -> list[int]:
+    """Samples of each consecutive window of at most 30 s; each window is encoded on its own."""
+    full, rest = divmod(num_samples, MAX_WINDOW_SAMPLES)
+    return [MAX_WINDOW_SAMPLES] * full + ([rest] if rest else [])
