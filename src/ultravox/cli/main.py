@@ -1,8 +1,9 @@
 """The ``ultravox`` command: finds the chosen command's file, parses its arguments, turns errors into one line.
 
 Only the chosen command's module is imported, and it imports what is heavy inside ``run``: help comes at once.
-A command module holds ``HELP: str``, ``add_arguments(parser)`` and ``run(args) -> int``. With
-``TAKES_OVERRIDES = True`` it also gets every ``--key value`` that it does not know, as ``args.overrides``; ``epilog() -> str`` ends its help.
+A command module holds ``HELP: str``, ``add_arguments(parser)`` and ``run(args) -> int``. It may also hold
+``TAKES_OVERRIDES = True``, to get every ``--key value`` that it does not know as ``args.overrides``, and
+``epilog() -> str``, which ends its help.
 """
 
 import argparse
