@@ -41,6 +41,8 @@ $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	touch $@
 
 quickstart: $(VENV)/.installed ## fetch, train, evaluate, report, and one spoken question (about 20 minutes)
+	$(BIN)/ultravox models fetch smollm2-135m-instruct whisper-tiny.en
+	$(BIN)/ultravox data fetch asterisk-en synthetic-en spoken-requests-en
 	$(BIN)/ultravox train configs/quickstart.yaml
 	$(BIN)/ultravox evaluate $(RUN)
 	$(BIN)/ultravox ask $(RUN) --audio examples/question.wav

@@ -28,6 +28,8 @@ LINKED_HOSTS = {
     "keepachangelog.com",
     "localhost",
     "semver.org",
+    "www.digium.com",
+    "www.theivrvoice.com",
     "www.apache.org",
     "www.w3.org",
 }

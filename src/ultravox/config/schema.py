@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-CONFIG_VERSION = 1
-
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Speed = Annotated[float, Field(ge=0.5, le=2)]
@@ -234,7 +232,7 @@ class LoggingConfig(Section):
 class RunConfig(Section):
     """Everything about one run."""
 
-    version: Literal[1] = Field(CONFIG_VERSION, description="version of this format")
+    version: Literal[1] = Field(1, description="version of this format")
     run_dir: Name = Field("runs/default", description="the run's folder; by default runs/<name of the YAML file>")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
