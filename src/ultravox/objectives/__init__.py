@@ -1,0 +1,1 @@
+"""What is minimised. Each objective returns a sum and the count that it is a sum over."""

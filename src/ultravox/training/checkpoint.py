@@ -1,0 +1,151 @@
+"""Training checkpoints: whole or absent, hash-verified, without pickle.
+
+``checkpoints/<stage>-<step:06d>/`` holds ``trainable.safetensors`` (only what trains), ``optimizer.safetensors``
+(AdamW's moments under the parameters' names), ``state.json`` (where the run stands, its random states, its config and
+the identities of the base models) and ``manifest.json`` (format version and SHA-256 of the other three).
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ultravox.errors import CheckpointError
+from ultravox.files import atomic_folder, sha256_file
+
+FORMAT_VERSION = 1
+FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """One training checkpoint in memory. `state` is JSON."""
+
+    trainable: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def checkpoint_folder(run_dir: Path, stage: str, step: int) -> Path:
+    """Where the checkpoint of a stage's step lies."""
+    return run_dir / "checkpoints" / f"{stage}-{step:06d}"
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; a kill at any point leaves either the whole folder or none of that name."""
+    with atomic_folder(folder) as temporary:
+        for name, tensors in zip(FILES[:2], (checkpoint.trainable, checkpoint.optimizer), strict=True):
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / name)
+        (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=1))
+        hashes = {name: sha256_file(temporary / name) for name in FILES}
+        (temporary / "manifest.json").write_text(json.dumps({"version": FORMAT_VERSION, "sha256": hashes}, indent=1))
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify a checkpoint. CheckpointError names the file that is missing, damaged or of another version."""
+    manifest = _read_json(folder / "manifest.json")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has format version {manifest.get('version')}, expected {FORMAT_VERSION}")
+    hashes = manifest.get("sha256") or {}
+    for name in FILES:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: delete {folder} to resume from the checkpoint before it")
+        if sha256_file(path) != hashes.get(name):
+            raise CheckpointError(
+                f"{path} is damaged (its SHA-256 is not the one in manifest.json): "
+                f"delete {folder} to resume from the checkpoint before it"
+            )
+    try:
+        tensors = [load_file(folder / name) for name in FILES[:2]]
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    return Checkpoint(*tensors, state=_read_json(folder / "state.json"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: expected a training checkpoint in {path.parent}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): delete {path.parent} and resume again") from error
+
+
+def list_checkpoints(run_dir: Path, stages: Sequence[str]) -> list[Path]:
+    """The run's checkpoints, oldest first: by the order of the stages, then by step. Half-written ones do not count."""
+    found = []
+    for folder in (run_dir / "checkpoints").glob("*-*"):
+        stage, _, step = folder.name.rpartition("-")
+        if stage in stages and step.isdigit() and folder.is_dir():
+            found.append((stages.index(stage), int(step), folder))
+    return [folder for _, _, folder in sorted(found)]
+
+
+def remove_old_checkpoints(run_dir: Path, stages: Sequence[str], keep: int = 2) -> None:
+    """Keep the newest `keep`, and clear what a killed process left behind.
+
+    A folder is renamed before its files go, so that no half-deleted one can be taken for a checkpoint.
+    """
+    for folder in list_checkpoints(run_dir, stages)[:-keep]:
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+    for leftover in (run_dir / "checkpoints").glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the three random generators (torch, numpy, python) as JSON."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "numpy": [kind, np.asarray(keys).tobytes().hex(), int(position), int(has_gauss), float(cached).hex()],
+        "python": [version, list(words), gauss],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Undo `random_state`."""
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    words = np.frombuffer(bytes.fromhex(keys), dtype=np.uint32)
+    np.random.set_state((kind, words, position, has_gauss, float.fromhex(cached)))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, folder: Path) -> None:
+    """Refuse to resume when what decides the run's numbers has changed. CheckpointError lists the keys that differ."""
+    differences = list(_differences(saved, current, ""))
+    if differences:
+        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise CheckpointError(
+            f"cannot resume from {folder}: {what} differs: {'; '.join(differences[:8])}{more}; "
+            f"restore it, or start anew in another run_dir"
+        )
+
+
+def _differences(saved: Any, current: Any, path: str) -> list[str]:
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        keys = [*saved, *(key for key in current if key not in saved)]
+        missing = "(absent)"
+        return [
+            line
+            for key in keys
+            for line in _differences(saved.get(key, missing), current.get(key, missing), f"{path}.{key}".lstrip("."))
+        ]
+    if isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
+        pairs = enumerate(zip(saved, current, strict=True))
+        return [line for index, (a, b) in pairs for line in _differences(a, b, f"{path}.{index}")]
+    return [] if saved == current else [f"{path} was {saved!r}, is {current!r}"]

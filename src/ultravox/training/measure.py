@@ -1,0 +1,56 @@
+"""Memory, and the machine's own matrix-multiplication rate, which training speed is held against."""
+
+import ctypes
+import os
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+#: Matrices of the rate's measurement: large enough to be bound by arithmetic, not by memory.
+MATMUL_SIZE = 1536
+
+
+def memory_bytes() -> int:
+    """Resident memory of this process now, in bytes (its peak where the system tells no more)."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory_bytes()
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def matmul_flop_rate(seconds: float = 1.0) -> float:
+    """FLOP per second of an fp32 matrix product on this machine, now: the median over about `seconds`."""
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE)
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        times.append(time.perf_counter() - start)
+    return 2 * MATMUL_SIZE**3 / statistics.median(times)
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc hand freed blocks out again instead of giving them back to the system after each step.
+
+    Activations of some MB are otherwise mapped and zeroed anew by the kernel in every layer of every step. Returns
+    whether this C library knows the switches.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))

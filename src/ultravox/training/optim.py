@@ -1,0 +1,107 @@
+"""AdamW with a learning rate per part of the model, schedules, and an optimizer state that is plain named tensors."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ultravox.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters of one part that share a peak learning rate."""
+
+    part: str
+    parameters: dict[str, nn.Parameter]
+    lr: float
+
+
+def lr_factor(
+    step: int,
+    *,
+    warmup_steps: int,
+    max_steps: int,
+    schedule: Literal["cosine", "linear", "constant"],
+    final_share: float,
+) -> float:
+    """What the peak rate is multiplied by at a step, which counts from 0.
+
+    Linear rise to 1 at step `warmup_steps`, then down to `final_share` at `max_steps` (never, for "constant").
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return final_share + (1 - final_share) * fall
+
+
+class Optimizer:
+    """AdamW over parameter groups. Gradients arrive as sums; `step` divides, clips and updates in few passes.
+
+    Weight decay falls on matrices only, not on norms, biases and single rows.
+    """
+
+    def __init__(
+        self, groups: Iterable[ParameterGroup], *, weight_decay: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        self.groups = [group for group in groups if group.parameters]
+        self._named = {name: parameter for group in self.groups for name, parameter in group.parameters.items()}
+        settings = []
+        for group in self.groups:
+            for decays in (True, False):
+                parameters = [p for p in group.parameters.values() if (p.dim() >= 2 and min(p.shape) > 1) == decays]
+                if parameters:
+                    decay = weight_decay if decays else 0.0
+                    settings.append({"params": parameters, "lr": group.lr, "peak": group.lr, "weight_decay": decay})
+        self._adamw = torch.optim.AdamW(settings, betas=betas, eps=eps, fused=True)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._named.values())
+
+    def zero_grad(self) -> None:
+        self._adamw.zero_grad(set_to_none=True)
+
+    def step(self, *, divisor: float, max_grad_norm: float, lr_factor: float) -> float:
+        """Divide the gradients by `divisor`, scale them down to `max_grad_norm`, update.
+
+        Returns: the norm before clipping. When it is not finite, nothing is updated.
+        """
+        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        if not gradients:
+            return 0.0
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float()).item() / divisor
+        if not math.isfinite(norm):
+            return norm
+        scale = min(1.0, max_grad_norm / (norm + 1e-6)) / divisor
+        torch._foreach_mul_(gradients, scale)
+        for group in self._adamw.param_groups:
+            group["lr"] = group["peak"] * lr_factor
+        self._adamw.step()
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`<parameter name>.{step, exp_avg, exp_avg_sq}`."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._named.items()
+            for key, value in self._adamw.state.get(parameter, {}).items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Undo `state_dict`, bit for bit. CheckpointError when the parameters are not the same ones."""
+        found = {key.rpartition(".")[0] for key in state}
+        if unknown := sorted(found - set(self._named)):
+            raise CheckpointError(f"the optimizer state holds {unknown[0]!r}, which does not train here")
+        for name, parameter in self._named.items():
+            if name in found:
+                entry = {key: state[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                if entry["exp_avg"].shape != parameter.shape:
+                    raise CheckpointError(f"the optimizer state of {name!r} has shape {list(entry['exp_avg'].shape)}")
+                self._adamw.state[parameter] = entry

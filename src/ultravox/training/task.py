@@ -1,0 +1,74 @@
+"""What the training loop asks of a task. The task knows the model and the data; the loop knows neither."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ultravox.training.optim import ParameterGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the endless order of the data: the next batch of an epoch. Both count from 0."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass(slots=True)
+class LossOutput:
+    """One batch's loss as a sum and what it is a sum over; never an average, so that batches of any size add up."""
+
+    sum: Tensor
+    """Scalar with a gradient."""
+    count: float
+    audio_seconds: float
+    num_tokens: int
+    """Positions without padding."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further sums over the same count, for the log."""
+
+
+class Batch(Protocol):
+    """Anything with the ids of its examples; they are recorded when a step goes wrong."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+
+class Task(Protocol):
+    """One objective on one set of examples."""
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches in an epoch, at least 1."""
+        ...
+
+    def batch(self, position: Position) -> Any:
+        """The batch at a place: a pure function of it (augmentation too), so that resuming repeats it. See `Batch`."""
+        ...
+
+    def loss(self, batch: Any) -> LossOutput:
+        """Forward pass."""
+        ...
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What trains, with unique names."""
+        ...
+
+    def train_mode(self) -> None:
+        """Before the first step and after each evaluation."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """A quick look at progress on clips that are neither trained on nor held out; at least `wer`, if it has one."""
+        ...
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Everything that differs from the base models, by name."""
+        ...
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undo `trainable_state`. CheckpointError when the names or shapes do not fit."""
+        ...

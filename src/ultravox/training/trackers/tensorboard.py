@@ -1,0 +1,38 @@
+"""TensorBoard files, when the extra ``tensorboard`` is installed."""
+
+from pathlib import Path
+
+from ultravox.training.trackers.window import Window
+from ultravox.training.trainer import StepRecord
+
+
+class TensorBoardLog:
+    """Writes each stage's curves under `<stage>/…`."""
+
+    def __init__(self, folder: Path, log_every: int, resume_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        self._window, self._log_every = Window(), log_every
+
+    def on_step(self, record: StepRecord) -> None:
+        self._window.add(record)
+        if record.step % self._log_every == 0 or record.step == record.max_steps:
+            row = {**self._window.flush(record), "grad_norm": record.grad_norm}
+            row |= {f"lr_{part}": rate for part, rate in record.lr.items()}
+            for name, value in row.items():
+                self._writer.add_scalar(f"{record.stage}/{name}", value, record.step)
+
+    def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def tensorboard_is_installed() -> bool:
+    """Whether the extra is there."""
+    from importlib.util import find_spec
+
+    return find_spec("tensorboard") is not None

@@ -1,0 +1,40 @@
+"""Averages over the steps between two log lines."""
+
+from dataclasses import dataclass, field
+
+from ultravox.training.trainer import StepRecord
+
+
+@dataclass(slots=True)
+class Window:
+    """Adds up step records; `flush` gives one log row and begins anew."""
+
+    audio_seconds: float = 0.0
+    num_tokens: int = 0
+    loss: float = 0.0
+    steps: int = 0
+    start: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def add(self, record: StepRecord) -> None:
+        """Take in a step. Steps that were not taken have no loss worth averaging."""
+        self.audio_seconds += record.audio_seconds
+        self.num_tokens += record.num_tokens
+        if record.skipped_ids is None:
+            self.steps += 1
+            self.loss += record.loss
+            for name, value in record.metrics.items():
+                self.metrics[name] = self.metrics.get(name, 0.0) + value
+
+    def flush(self, record: StepRecord) -> dict[str, float]:
+        """Mean loss and metrics, and rates per second of wall time, since the last call."""
+        seconds = max(1e-9, record.elapsed_seconds - self.start)
+        steps = max(1, self.steps)
+        row = {
+            "loss": self.loss / steps if self.steps else float("nan"),
+            "audio_seconds_per_second": self.audio_seconds / seconds,
+            "tokens_per_second": self.num_tokens / seconds,
+            **{name: value / steps for name, value in self.metrics.items()},
+        }
+        self.__init__(start=record.elapsed_seconds)  # type: ignore[misc]
+        return row

@@ -1,0 +1,195 @@
+"""The training loop. It asks a task for batches and losses and knows no model; callbacks watch it and know neither."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from ultravox.errors import UltravoxError
+from ultravox.training.interrupt import StopRequest, TrainingInterrupted
+from ultravox.training.optim import Optimizer, lr_factor
+from ultravox.training.task import LossOutput, Position, Task
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """How long and how fast one stage goes. `*_every` = 0 means at the end of the stage only."""
+
+    stage: str
+    max_steps: int
+    accumulation_steps: int = 1
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr_share: float = 0.0
+    max_grad_norm: float = 1.0
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+    max_skipped_steps: int = 5
+    """So many steps in a row without a finite loss and gradient end the run."""
+
+    def lr_factor(self, step: int) -> float:
+        """What the peak learning rates are multiplied by in the step after `step`."""
+        return lr_factor(
+            step,
+            warmup_steps=self.warmup_steps,
+            max_steps=self.max_steps,
+            schedule=self.schedule,
+            final_share=self.final_lr_share,
+        )
+
+
+@dataclass(slots=True)
+class LoopState:
+    """Where a stage stands: all that the loop needs to go on, beside weights, moments and random states."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    skipped_in_row: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    audio_seconds: float = 0.0
+    num_tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What callbacks are told after each optimizer step."""
+
+    stage: str
+    step: int
+    max_steps: int
+    loss: float
+    lr: dict[str, float]
+    grad_norm: float
+    audio_seconds: float
+    num_tokens: int
+    elapsed_seconds: float
+    """In this stage, over all its resumptions."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    skipped_ids: list[str] | None = None
+    """The examples of a step that was not taken, because its loss or gradient was not finite."""
+
+
+class Callback(Protocol):
+    """Watches the loop."""
+
+    def on_step(self, record: StepRecord) -> None: ...
+
+    def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None: ...
+
+
+def run_stage(
+    task: Task,
+    optimizer: Optimizer,
+    settings: LoopSettings,
+    *,
+    state: LoopState | None = None,
+    callbacks: Sequence[Callback] = (),
+    save: Callable[[LoopState], None] = lambda state: None,
+    stop: StopRequest | None = None,
+) -> LoopState:
+    """Train one stage to its last step.
+
+    Args:
+        task: the objective.
+        optimizer: over the task's parameter groups.
+        settings: of the stage.
+        state: where to go on; None = at the beginning.
+        callbacks: watchers.
+        save: writes a checkpoint; called at `checkpoint_every`, at the end, and before stopping on a signal.
+        stop: a signal's request to end after the step in hand.
+
+    Raises:
+        TrainingInterrupted: after a signal, once saved.
+        UltravoxError: `max_skipped_steps` in a row were not finite.
+    """
+    state = state or LoopState()
+    begin = time.monotonic() - state.seconds
+    task.train_mode()
+    while state.step < settings.max_steps:
+        record = _step(task, optimizer, settings, state)
+        state.seconds = record.elapsed_seconds = time.monotonic() - begin
+        for callback in callbacks:
+            callback.on_step(record)
+        if state.skipped_in_row >= settings.max_skipped_steps:
+            raise UltravoxError(
+                f"stage {settings.stage}: the loss was not finite in {state.skipped_in_row} steps in a row, up to step "
+                f"{state.step} with {', '.join((record.skipped_ids or [])[:5])}: lower the learning rate, or look at "
+                f"these clips"
+            )
+        last = state.step == settings.max_steps
+        if last or (settings.evaluate_every and state.step % settings.evaluate_every == 0):
+            _evaluate(task, settings, state, callbacks)
+        state.seconds = time.monotonic() - begin
+        if last or stop or (settings.checkpoint_every and state.step % settings.checkpoint_every == 0):
+            save(state)
+        if stop and not last:
+            assert stop.signal_number is not None
+            raise TrainingInterrupted(stop.signal_number)
+    return state
+
+
+def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopState) -> StepRecord:
+    """One optimizer step: gradients of the loss sums of all micro-batches, divided by their common count."""
+    optimizer.zero_grad()
+    loss_sum = count = audio_seconds = 0.0
+    num_tokens = 0
+    metrics: dict[str, float] = {}
+    ids: list[str] = []
+    for _ in range(settings.accumulation_steps):
+        batch = task.batch(Position(state.epoch, state.batch))
+        ids.extend(batch.ids)
+        output: LossOutput = task.loss(batch)
+        if math.isfinite(value := output.sum.item()) and output.sum.requires_grad:
+            output.sum.backward()
+        loss_sum += value
+        count += output.count
+        audio_seconds += output.audio_seconds
+        num_tokens += output.num_tokens
+        for name, number in output.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + number
+        state.batch += 1
+        if state.batch == task.num_batches(state.epoch):
+            state.epoch, state.batch = state.epoch + 1, 0
+    factor = settings.lr_factor(state.step)
+    norm = math.nan
+    if math.isfinite(loss_sum) and count > 0:
+        norm = optimizer.step(divisor=count, max_grad_norm=settings.max_grad_norm, lr_factor=factor)
+    taken = math.isfinite(norm)
+    state.step += 1
+    state.skipped_in_row = 0 if taken else state.skipped_in_row + 1
+    state.skipped += not taken
+    state.audio_seconds += audio_seconds
+    state.num_tokens += num_tokens
+    return StepRecord(
+        stage=settings.stage,
+        step=state.step,
+        max_steps=settings.max_steps,
+        loss=loss_sum / count if count else math.nan,
+        lr={group.part: group.lr * factor for group in optimizer.groups},
+        grad_norm=norm,
+        audio_seconds=audio_seconds,
+        num_tokens=num_tokens,
+        elapsed_seconds=0.0,
+        metrics={name: number / count for name, number in metrics.items()} if count else {},
+        skipped_ids=None if taken else ids,
+    )
+
+
+def _evaluate(task: Task, settings: LoopSettings, state: LoopState, callbacks: Sequence[Callback]) -> None:
+    """Look at progress without disturbing training: the random state is put back."""
+    start = time.monotonic()
+    with torch.random.fork_rng(devices=[]):
+        metrics = task.evaluate()
+    task.train_mode()
+    state.evaluation_seconds += time.monotonic() - start
+    for callback in callbacks:
+        callback.on_evaluation(settings.stage, state.step, metrics)

@@ -1,0 +1,56 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from ultravox.errors import CheckpointError
+from ultravox.training.optim import Optimizer, ParameterGroup, lr_factor
+
+
+def factors(schedule, final_share=0.1):
+    return [
+        lr_factor(step, warmup_steps=4, max_steps=20, schedule=schedule, final_share=final_share) for step in range(21)
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules(schedule):
+    values = factors(schedule)
+    assert values[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]), "never 0: the first step counts"
+    assert values[4] == 1.0
+    assert all(later <= earlier for earlier, later in itertools.pairwise(values[4:]))
+    assert values[20] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    assert values[12] == pytest.approx(1.0 if schedule == "constant" else 0.55), "half way"
+
+
+def test_one_step_equals_torch():
+    torch.manual_seed(0)
+    layer, twin = nn.Linear(4, 3), nn.Linear(4, 3)
+    twin.load_state_dict(layer.state_dict())
+    ours = Optimizer(
+        [ParameterGroup("a", dict(layer.named_parameters()), 1e-2)], weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8
+    )
+    decays = [{"params": [twin.weight], "weight_decay": 0.1}, {"params": [twin.bias], "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(decays, lr=5e-3, betas=(0.9, 0.99), eps=1e-8)
+    x = torch.randn(8, 4)
+    for _ in range(3):
+        ours.zero_grad()
+        theirs.zero_grad()
+        layer(x).square().sum().backward()
+        (twin(x).square().sum() / 7).backward()
+        norm = ours.step(divisor=7, max_grad_norm=0.5, lr_factor=0.5)
+        assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)), rel=1e-5)
+        theirs.step()
+        torch.testing.assert_close(layer.weight, twin.weight)
+        torch.testing.assert_close(layer.bias, twin.bias)
+
+
+def test_state_of_other_parameters_is_refused():
+    layer = nn.Linear(4, 3)
+    optimizer = Optimizer([ParameterGroup("a", {"w": layer.weight}, 1e-2)], weight_decay=0, betas=(0.9, 0.99), eps=1e-8)
+    with pytest.raises(CheckpointError, match="'v'"):
+        optimizer.load_state_dict({"v.step": torch.tensor(1.0)})
+    state = {"w.step": torch.tensor(1.0), "w.exp_avg": torch.zeros(2, 2), "w.exp_avg_sq": torch.zeros(2, 2)}
+    with pytest.raises(CheckpointError, match="shape"):
+        optimizer.load_state_dict(state)
