@@ -48,6 +48,11 @@ def _mel_filters(num_mel_bins: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(filters.T)).float()
 
 
+@lru_cache(maxsize=1)
+def _window() -> Tensor:
+    return torch.hann_window(FFT_SAMPLES)
+
+
 class LogMel:
     """Whisper's log-mel spectrogram of the true length.
 
@@ -57,8 +62,6 @@ class LogMel:
 
     def __init__(self, num_mel_bins: int):
         self.num_mel_bins = num_mel_bins
-        self._filters = _mel_filters(num_mel_bins)
-        self._window = torch.hann_window(FFT_SAMPLES)
 
     def length(self, num_samples: int) -> int:
         """Mel frames of a window of `num_samples`."""
@@ -68,9 +71,9 @@ class LogMel:
         """The log-mel features of one window (at most 30 s for Whisper), float32."""
         samples = torch.zeros(num_mel_frames(len(waveform)) * HOP_LENGTH)
         samples[: len(waveform)] = torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
-        spectrum = torch.stft(samples, FFT_SAMPLES, HOP_LENGTH, window=self._window, return_complex=True)
+        spectrum = torch.stft(samples, FFT_SAMPLES, HOP_LENGTH, window=_window(), return_complex=True)
         power = (spectrum[..., :-1].abs() ** 2).contiguous()  # a strided view here makes the product 8 times slower
-        log_mel = (self._filters @ power).clamp(min=LOWEST_POWER).log10()
+        log_mel = (_mel_filters(self.num_mel_bins) @ power).clamp(min=LOWEST_POWER).log10()
         log_mel = torch.maximum(log_mel, log_mel.max() - DYNAMIC_RANGE)
         return (log_mel + 4.0) / 4.0
 

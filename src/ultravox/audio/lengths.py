@@ -4,6 +4,9 @@ The collator, the model, the processor and the server all call these functions, 
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
+
+Count = TypeVar("Count")  # an int, or an array or tensor of them
 
 SAMPLE_RATE = 16_000  # samples per second, everywhere
 HOP_LENGTH = 160  # samples between two mel frames
@@ -15,7 +18,7 @@ MAX_WINDOW_SAMPLES = MAX_WINDOW_SECONDS * SAMPLE_RATE
 MIN_MEL_FRAMES = 2  # the spectrogram's reflected border (200 samples) needs more samples than one hop
 
 
-def _ceil_div(value: int, divisor: int) -> int:
+def _ceil_div(value: Any, divisor: int) -> Any:
     return -(-value // divisor)
 
 
@@ -24,13 +27,13 @@ def num_mel_frames(num_samples: int) -> int:
     return max(MIN_MEL_FRAMES, _ceil_div(num_samples, HOP_LENGTH))
 
 
-def num_encoder_frames(num_mel_frames: int) -> int:
-    """Whisper encoder frames of a window of `num_mel_frames`."""
+def num_encoder_frames(num_mel_frames: Count) -> Count:
+    """Whisper encoder frames of windows of `num_mel_frames`."""
     return _ceil_div(num_mel_frames, ENCODER_STRIDE)
 
 
-def num_audio_tokens(num_frames: int, stack_factor: int) -> int:
-    """Language model positions of a window of `num_frames` encoder frames, the last stack zero-padded."""
+def num_audio_tokens(num_frames: Count, stack_factor: int) -> Count:
+    """Language model positions of windows of `num_frames` encoder frames, the last stack zero-padded."""
     return _ceil_div(num_frames, stack_factor)
 
 

@@ -1,0 +1,160 @@
+"""Audio encoders behind one interface: Whisper on the true length, wav2vec 2.0 and HuBERT on the waveform."""
+
+import abc
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from ultravox.audio.features import FeatureExtractor, LogMel, NormalizedWaveform
+from ultravox.audio.lengths import (
+    ENCODER_FRAMES_PER_SECOND,
+    SAMPLE_RATE,
+    num_convolution_frames,
+    num_encoder_frames,
+)
+from ultravox.errors import AudioError, ModelError
+from ultravox.model.configuration import ENCODERS
+
+
+def length_mask(lengths: Int[Tensor, " clip"], size: int) -> Tensor:
+    """True at the first `lengths` of `size` places, [clip, size]."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+class AudioEncoder(nn.Module, abc.ABC):
+    """From features to frames. A clip's frames do not depend on the others in its batch, nor on padding."""
+
+    hidden_size: int
+    """Channels of a frame."""
+    frames_per_second: int
+    feature_extractor: FeatureExtractor
+
+    def features(self, waveform: np.ndarray) -> Float[Tensor, "channel time"]:
+        """What `forward` takes, of one window [sample] of at most 30 s."""
+        return self.feature_extractor(waveform)
+
+    @abc.abstractmethod
+    def output_length(self, num_samples: int) -> int:
+        """Frames of a window of `num_samples`."""
+
+    @abc.abstractmethod
+    def forward(
+        self, features: Float[Tensor, "clip channel time"], feature_lengths: Int[Tensor, " clip"]
+    ) -> tuple[Float[Tensor, "clip frame hidden"], Int[Tensor, " clip"]]:
+        """Frames, zero past each clip's length, and those lengths."""
+
+
+class WhisperAudioEncoder(AudioEncoder, WhisperEncoder):
+    """Whisper's encoder with the weights and names of Hugging Face, on the true length instead of 30 s of padding."""
+
+    frames_per_second = ENCODER_FRAMES_PER_SECOND
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
+        self.hidden_size = config.d_model
+        self.feature_extractor = LogMel(config.num_mel_bins)
+
+    def output_length(self, num_samples: int) -> int:
+        """Half the mel frames, rounded up."""
+        return num_encoder_frames(self.feature_extractor.length(num_samples))
+
+    def forward(
+        self, features: Float[Tensor, "clip channel time"], feature_lengths: Int[Tensor, " clip"], **_: Any
+    ) -> tuple[Float[Tensor, "clip frame hidden"], Int[Tensor, " clip"]]:
+        """Log-mel features [clip, mel, frame] and their lengths in mel frames → frames at 50 a second."""
+        limit = 2 * self.max_source_positions
+        if features.shape[-1] > limit:
+            raise AudioError(
+                f"the audio encoder takes windows of at most {limit} mel frames, got {features.shape[-1]}: "
+                "cut long audio with ultravox.audio.features.windows"
+            )
+        features = features.to(self.conv1.weight.dtype)
+        is_padded = bool((feature_lengths != features.shape[-1]).any())
+        hidden = F.gelu(self.conv1(_zero_padding(features, feature_lengths) if is_padded else features))
+        if is_padded:  # the second convolution must meet the zeros that it would meet at a clip's true end
+            hidden = _zero_padding(hidden, feature_lengths)
+        hidden = F.gelu(self.conv2(hidden)).transpose(1, 2)
+        hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
+        hidden = F.dropout(hidden, p=self.dropout, training=self.training)
+
+        frame_lengths = num_encoder_frames(feature_lengths)
+        mask = length_mask(frame_lengths, hidden.shape[1])
+        # [clip, 1, 1, frame] is broadcast inside SDPA; without padding its kernels run without any mask
+        attention_mask = mask[:, None, None, :] if is_padded else None
+        if attention_mask is not None and self.config._attn_implementation != "sdpa":
+            attention_mask = torch.zeros_like(attention_mask, dtype=hidden.dtype).masked_fill(
+                ~attention_mask, torch.finfo(hidden.dtype).min
+            )
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask)
+        hidden = self.layer_norm(hidden)
+        if is_padded:
+            hidden = hidden * mask[..., None]
+        return hidden, frame_lengths
+
+
+def _zero_padding(features: Tensor, lengths: Tensor) -> Tensor:
+    return features * length_mask(lengths, features.shape[-1])[:, None, :]
+
+
+class WaveformAudioEncoder(AudioEncoder):
+    """HuBERT or wav2vec 2.0: convolutions over the samples, then a Transformer."""
+
+    def __init__(self, config: PretrainedConfig, *, normalize: bool = True):
+        super().__init__()
+        # Masking is ours to do (audio/augment.py); left on, it would also need clips longer than its masks.
+        config.apply_spec_augment = False
+        self.encoder = AutoModel.from_config(config)
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.layers = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        self.frames_per_second = SAMPLE_RATE // int(np.prod(config.conv_stride))
+        self.feature_extractor = NormalizedWaveform(normalize=normalize)
+        # A group norm over time sees the padding of the whole clip, so such encoders run clip by clip.
+        self.runs_one_by_one = config.feat_extract_norm == "group"
+
+    def output_length(self, num_samples: int) -> int:
+        """Frames that the convolutions leave."""
+        return num_convolution_frames(num_samples, self.layers)
+
+    def forward(
+        self, features: Float[Tensor, "clip channel time"], feature_lengths: Int[Tensor, " clip"]
+    ) -> tuple[Float[Tensor, "clip frame hidden"], Int[Tensor, " clip"]]:
+        """Samples [clip, 1, sample] and their lengths → frames, usually 50 a second.
+
+        Raises:
+            AudioError: a clip too short for the convolutions.
+        """
+        lengths = [self.output_length(length) for length in feature_lengths.tolist()]
+        if min(lengths) < 1:
+            raise AudioError(f"{int(feature_lengths.min())} samples are too few for this audio encoder")
+        frame_lengths = torch.tensor(lengths, device=feature_lengths.device)
+        samples = features[:, 0].to(self.encoder.dtype)
+        if bool((feature_lengths == samples.shape[1]).all()):
+            return self.encoder(samples).last_hidden_state, frame_lengths
+        if self.runs_one_by_one:
+            clips = zip(samples, feature_lengths.tolist(), strict=True)
+            outputs = [self.encoder(clip[None, :length]).last_hidden_state[0] for clip, length in clips]
+            return nn.utils.rnn.pad_sequence(outputs, batch_first=True), frame_lengths
+        mask = length_mask(feature_lengths, samples.shape[1])
+        hidden = self.encoder(samples, attention_mask=mask.long()).last_hidden_state
+        return hidden * length_mask(frame_lengths, hidden.shape[1])[..., None], frame_lengths
+
+
+def encoder_from_config(config: PretrainedConfig) -> AudioEncoder:
+    """A randomly initialised encoder of the kind that the configuration names.
+
+    Raises:
+        ModelError: a kind that no encoder here runs.
+    """
+    if config.model_type == "whisper":
+        return WhisperAudioEncoder(config)
+    if config.model_type in ENCODERS:
+        return WaveformAudioEncoder(config)
+    raise ModelError(f"{config.model_type!r} is no audio encoder that is known here: expected {', '.join(ENCODERS)}")

@@ -1,0 +1,77 @@
+"""The public ``ultravox`` configuration, which vLLM, llama.cpp's converter and transformers.js read too."""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+#: Whisper, and the encoders that hear the waveform itself
+WAVEFORM_ENCODERS = ("hubert", "wav2vec2")
+ENCODERS = ("whisper", *WAVEFORM_ENCODERS)
+
+
+def _sub_config(config: PretrainedConfig | dict[str, Any] | None, default: str) -> PretrainedConfig:
+    if isinstance(config, PretrainedConfig):
+        return config
+    values = dict(config or {})
+    return CONFIG_MAPPING[values.pop("model_type", default)](**values)
+
+
+class UltravoxConfig(PretrainedConfig):
+    """An audio encoder, a projector and a causal language model.
+
+    Args:
+        audio_config: the encoder's configuration (Whisper, HuBERT or wav2vec 2.0), or its dictionary.
+        text_config: the language model's configuration, or its dictionary.
+        audio_model_id: where the encoder's weights are; None = in this checkpoint.
+        text_model_id: where the language model's weights are; None = in this checkpoint.
+        audio_token_index: id of ``<|audio|>``; None = one past the embedding rows.
+        stack_factor: encoder frames joined into one language model position.
+        hidden_size: width inside the projector, before SwiGLU halves it.
+        projector_act: "swiglu", the only one here.
+        projector_ln_mid: norm before the second layer (v0.5 and later); False = after it.
+        projector_init_value: first weight of the projector's norms.
+    """
+
+    model_type = "ultravox"
+    sub_configs = {"text_config": PretrainedConfig, "audio_config": PretrainedConfig}  # noqa: RUF012 - as in the base
+
+    def __init__(
+        self,
+        audio_config: PretrainedConfig | dict[str, Any] | None = None,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        audio_model_id: str | None = None,
+        text_model_id: str | None = None,
+        audio_token_index: int | None = None,
+        stack_factor: int = 5,
+        hidden_size: int = 2048,
+        projector_act: str = "swiglu",
+        projector_ln_mid: bool = True,
+        projector_init_value: float = 0.4,
+        num_projector_layers: int = 0,
+        **kwargs: Any,
+    ):
+        if projector_act != "swiglu" or num_projector_layers:
+            raise ValueError(
+                f"projector_act {projector_act!r} with {num_projector_layers} projector layers is not supported: "
+                "expected 'swiglu' with 0 layers (checkpoints of v0.6 or older)"
+            )
+        self.audio_config = _sub_config(audio_config, "whisper")
+        self.text_config = _sub_config(text_config, "llama")
+        self.audio_model_id = audio_model_id
+        self.text_model_id = text_model_id
+        self.vocab_size = self.text_config.vocab_size
+        self.audio_token_index = self.vocab_size if audio_token_index is None else audio_token_index
+        self.stack_factor = stack_factor
+        self.hidden_size = hidden_size
+        self.projector_act = projector_act
+        self.projector_ln_mid = projector_ln_mid
+        self.projector_init_value = projector_init_value
+        self.num_projector_layers = num_projector_layers
+        for name in ("ignore_index", "vocab_size"):  # transformers.js takes ignore_index for the audio token
+            kwargs.pop(name, None)
+        kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The language model's configuration: generation reads its cache shape and vocabulary there."""
+        return self.text_config

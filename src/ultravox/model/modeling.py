@@ -1,0 +1,268 @@
+"""A causal language model that hears: encoder → projector → the places of ``<|audio|>`` in the prompt."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ultravox.audio.lengths import num_audio_tokens, num_encoder_frames
+from ultravox.errors import DataError
+from ultravox.model.adapters import lora_layers, merged_lora
+from ultravox.model.audio_encoder import AudioEncoder, encoder_from_config
+from ultravox.model.configuration import UltravoxConfig
+from ultravox.model.fusion import fuse
+from ultravox.model.manifest import verify_manifest, write_manifest
+from ultravox.model.projector import SwigluProjector
+
+IGNORE_INDEX = -100
+_AUDIO_INPUTS = ("audio_values", "audio_lens", "audio_token_len")
+
+
+class UltravoxModel(PreTrainedModel, GenerationMixin):
+    """The public ``ultravox`` model.
+
+    Args:
+        config: everything that the checkpoint's config.json holds.
+        audio_tower: an encoder with its weights; None = a random one as `config.audio_config` says.
+        language_model: a causal LM with its weights; None = a random one as `config.text_config` says.
+    """
+
+    config_class = UltravoxConfig
+    config: UltravoxConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: UltravoxConfig,
+        audio_tower: AudioEncoder | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        for built in (audio_tower, language_model):
+            for module in built.modules() if built is not None else ():
+                module._is_hf_initialized = True  # or post_init would draw its weights anew
+        self.audio_tower = encoder_from_config(config.audio_config) if audio_tower is None else audio_tower
+        self.language_model = (
+            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
+        )
+        self.multi_modal_projector = SwigluProjector(
+            self.audio_tower.hidden_size,
+            config.hidden_size,
+            config.text_config.hidden_size,
+            config.stack_factor,
+            ln_mid=config.projector_ln_mid,
+            norm_init=config.projector_init_value,
+        )
+        self.generation_config = self.language_model.generation_config
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SwigluProjector):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's table."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's table."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's output layer."""
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        """The language model without its output layer."""
+        return self.language_model.get_decoder()
+
+    def embedding_rms(self) -> float:
+        """Root mean square of the language model's embedding rows: the scale that audio embeddings should have."""
+        return float(self.get_input_embeddings().weight.detach().float().square().mean().sqrt())
+
+    def encode_audio(
+        self, audio_values: Float[Tensor, "clip channel time"], audio_lens: Int[Tensor, " clip"]
+    ) -> tuple[Float[Tensor, "clip frame hidden"], Int[Tensor, " clip"]]:
+        """Features of windows of at most 30 s, and their true lengths → encoder frames and theirs.
+
+        Without gradients when nothing in the encoder trains.
+        """
+        trains = any(parameter.requires_grad for parameter in self.audio_tower.parameters())
+        with nullcontext() if trains else torch.no_grad():
+            return self.audio_tower(audio_values, audio_lens)
+
+    def project(
+        self, frames: Float[Tensor, "clip frame hidden"], frame_lengths: Int[Tensor, " clip"]
+    ) -> tuple[Float[Tensor, "clip token llm_hidden"], Int[Tensor, " clip"]]:
+        """Encoder frames (zero past their lengths) → embeddings at the language model's rate."""
+        return self.multi_modal_projector(frames, frame_lengths)
+
+    def embed(
+        self,
+        input_ids: Int[Tensor, "row token"],
+        audio_embeddings: Float[Tensor, "clip audio_token hidden"] | None = None,
+        token_lengths: Int[Tensor, " clip"] | None = None,
+    ) -> Float[Tensor, "row token hidden"]:
+        """Embeddings of a prompt, the audio in its placeholders.
+
+        Raises:
+            DataError: placeholders and audio differ in number; names the row.
+        """
+        is_audio = input_ids == self.config.audio_token_index
+        # the placeholder's id may lie one past the table, so that it must never be looked up
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
+        if audio_embeddings is None or token_lengths is None:
+            if bool(is_audio.any()):
+                row = int(is_audio.any(1).nonzero()[0])
+                raise DataError(f"row {row} has {int(is_audio[row].sum())} <|audio|> positions, but no audio was given")
+            return embeddings
+        return fuse(embeddings, is_audio, audio_embeddings, token_lengths)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "row token"] | None = None,
+        attention_mask: Tensor | None = None,
+        audio_values: Float[Tensor, "clip channel time"] | None = None,
+        audio_lens: Int[Tensor, " clip"] | None = None,
+        audio_token_len: Int[Tensor, " clip"] | None = None,
+        inputs_embeds: Float[Tensor, "row token hidden"] | None = None,
+        labels: Int[Tensor, "row token"] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        audio_num_chunks: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and the loss where labels are given.
+
+        Args:
+            input_ids: prompts, each clip's placeholder repeated as often as it has positions.
+            attention_mask: True or 1 = keep, [row, past + token].
+            audio_values: features of all windows of all rows, one after the other.
+            audio_lens: their true lengths in time steps.
+            audio_token_len: their language model positions, for comparison with what the encoder gives.
+            inputs_embeds: instead of `input_ids`, as `embed` gives them.
+            labels: the tokens themselves at their places, IGNORE_INDEX where nothing is supervised.
+            past_key_values: of earlier tokens; audio then belongs to the new tokens only.
+            logits_to_keep: 0 = all positions, n = the last n, a tensor = those positions.
+            audio_num_chunks: windows of each clip; not needed here.
+
+        Returns:
+            With `labels`, `loss` is the mean over the supervised positions and `logits` are theirs only,
+            [position, vocabulary]; otherwise [row, token, vocabulary].
+
+        Raises:
+            DataError: placeholders and audio differ in number.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise DataError("the model needs input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, *self._audio_embeddings(audio_values, audio_lens, audio_token_len))
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        if labels is None:
+            return self.language_model(**inputs, logits_to_keep=logits_to_keep, return_dict=True)
+        outputs = self.get_decoder()(**inputs, return_dict=True)
+        logits, targets = self.supervised_logits(outputs.last_hidden_state, labels)
+        count = max(1, len(targets))
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def _audio_embeddings(
+        self, audio_values: Tensor | None, audio_lens: Tensor | None, audio_token_len: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if audio_values is None or audio_lens is None or len(audio_values) == 0:
+            return None, None
+        audio_values, audio_lens = audio_values.to(self.device), audio_lens.to(self.device)
+        embeddings, token_lengths = self.project(*self.encode_audio(audio_values, audio_lens))
+        if audio_token_len is not None and audio_token_len.tolist() != token_lengths.tolist():
+            raise DataError(
+                f"the clips have {token_lengths.tolist()} positions, but audio_token_len says "
+                f"{audio_token_len.tolist()}: the processor and the model differ in stack_factor "
+                f"({self.config.stack_factor} here) or in the encoder"
+            )
+        return embeddings, token_lengths
+
+    def supervised_logits(
+        self, hidden: Float[Tensor, "row token hidden"], labels: Int[Tensor, "row token"]
+    ) -> tuple[Float[Tensor, "position vocabulary"], Int[Tensor, " position"]]:
+        """Logits and targets of the positions whose NEXT token is supervised, and of no others."""
+        supervised = labels[:, 1:] != IGNORE_INDEX
+        logits = self.get_output_embeddings()(hidden[:, :-1][supervised])
+        text = self.config.text_config
+        if scaling := getattr(text, "logits_scaling", None):  # Granite
+            logits = logits / scaling
+        if scale := getattr(text, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if cap := getattr(text, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits, labels[:, 1:][supervised]
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The audio goes in with the prompt only; of a prompt that is partly cached, only the new clips."""
+        audio = {name: kwargs.pop(name, None) for name in (*_AUDIO_INPUTS, "audio_num_chunks")}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+        )
+        inputs.pop("audio_num_chunks", None)
+        if is_first_iteration and audio["audio_values"] is not None:
+            cached = input_ids.shape[1] - (next_sequence_length or input_ids.shape[1])
+            first = self._first_new_clip(input_ids[:, :cached], audio["audio_lens"])
+            inputs |= {name: audio[name][first:] for name in _AUDIO_INPUTS if audio[name] is not None}
+        return inputs
+
+    def _first_new_clip(self, cached_ids: Tensor, audio_lens: Tensor) -> int:
+        """How many of the clips are in the cache already: those that fill the cached part's placeholders."""
+        remaining = int((cached_ids == self.config.audio_token_index).sum())
+        if remaining and len(cached_ids) > 1:
+            raise DataError("a prompt with cached audio cannot be continued in a batch: give the new tokens' audio only")
+        lengths = num_audio_tokens(num_encoder_frames(audio_lens), self.config.stack_factor).tolist()
+        clip = 0
+        while remaining > 0 and clip < len(lengths):
+            remaining -= lengths[clip]
+            clip += 1
+        return clip
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Write the whole public form: both towers' weights, adapters merged into them, hashes of every file."""
+        with merged_lora(self):
+            if state_dict is None:
+                adapters = {f"{name}.{side}" for name in lora_layers(self) for side in ("lora_A", "lora_B")}
+                state_dict = {name: value for name, value in self.state_dict().items() if name not in adapters}
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        write_manifest(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model, after its files' hashes.
+
+        Raises:
+            CheckpointError: a file that is not as it was saved.
+        """
+        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
+            verify_manifest(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
