@@ -116,6 +116,9 @@ class DataConfig(Section):
     max_quarantine_share: Share = Field(
         0.01, description="training stops when more than this share of the clips cannot be read"
     )
+    feature_dtype: Literal["float16", "float32"] = Field(
+        "float16", description="number type of a frozen encoder's features on disk"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -177,8 +180,10 @@ class AlignOptions(Section):
 class TuneOptions(Section):
     """Objective `tune`: cross-entropy on the text through the language model."""
 
-    loss_mask: Literal["response"] = Field(
-        "response", description="where the loss counts: the answer and its end token"
+    loss_mask: Literal["response", "after_audio", "all_text", "assistant_turns"] = Field(
+        "response",
+        description="where the loss counts: the last answer and its end token, all that follows the audio, "
+        "all text, or what the assistant says in any turn",
     )
 
 
