@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 #: Whisper, and the encoders that hear the waveform itself
 WAVEFORM_ENCODERS = ("hubert", "wav2vec2")
@@ -70,8 +70,18 @@ class UltravoxConfig(PretrainedConfig):
         for name in ("ignore_index", "vocab_size"):  # transformers.js takes ignore_index for the audio token
             kwargs.pop(name, None)
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        parts = (self.audio_config, self.text_config)
+        attention = [part._attn_implementation for part in parts]
         super().__init__(**kwargs)
+        # the base class has just reset it in both parts, which may belong to models that exist already: without a
+        # name, those would run attention without a causal mask
+        for part, implementation in zip(parts, attention, strict=True):
+            if part._attn_implementation is None:
+                part._attn_implementation = implementation
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """The language model's configuration: generation reads its cache shape and vocabulary there."""
         return self.text_config
+
+
+AutoConfig.register(UltravoxConfig.model_type, UltravoxConfig, exist_ok=True)

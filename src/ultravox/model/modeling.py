@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ultravox.audio.lengths import num_audio_tokens, num_encoder_frames
@@ -266,3 +266,7 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
             verify_manifest(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+AutoModel.register(UltravoxConfig, UltravoxModel, exist_ok=True)
+AutoModelForCausalLM.register(UltravoxConfig, UltravoxModel, exist_ok=True)

@@ -1,0 +1,291 @@
+"""The one place that reads a model configuration and puts the parts together; and the way back from a folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    WhisperModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from ultravox.config.schema import ModelConfig
+from ultravox.errors import CheckpointError, ConfigError, ModelError
+from ultravox.model.adapters import add_lora
+from ultravox.model.audio_encoder import AudioEncoder, WaveformAudioEncoder, WhisperAudioEncoder
+from ultravox.model.configuration import ENCODERS, UltravoxConfig
+from ultravox.model.modeling import UltravoxModel
+from ultravox.model.pretrained import resolve_model
+from ultravox.model.processing import UltravoxProcessor, add_audio_token
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def build_model(model: ModelConfig) -> UltravoxModel:
+    """Pretrained towers, a fresh projector at the language model's embedding scale, adapters; the rest frozen.
+
+    Raises:
+        ModelError: a part that cannot be found, or is of the wrong kind.
+    """
+    dtype = getattr(torch, model.dtype)
+    audio_tower = load_audio_encoder(model.audio_encoder, dtype)
+    language_model = load_language_model(model.language_model, dtype)
+    tokenizer = load_tokenizer(model.language_model, model.chat_template)
+    config = UltravoxConfig(
+        audio_tower.config,
+        language_model.config,
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|audio|>"),
+        stack_factor=model.stack_factor,
+        hidden_size=model.projector_hidden_size,
+    )
+    for part in (config.audio_config, config.text_config):
+        part._name_or_path = ""  # a local folder's path would travel with the checkpoint
+    built = UltravoxModel(config, audio_tower, language_model).to(dtype)
+    built.multi_modal_projector.init_scale(built.embedding_rms())
+    built.generation_config.eos_token_id = end_token_ids(tokenizer, built)
+    built.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    built.language_model.requires_grad_(False)
+    built.audio_tower.requires_grad_(model.train_audio_encoder)
+    if isinstance(audio_tower, WhisperAudioEncoder):
+        audio_tower.embed_positions.requires_grad_(False)  # sinusoids, fixed in Whisper's training too
+    for part, lora in (
+        (built.language_model, model.language_model_lora),
+        (built.audio_tower, model.audio_encoder_lora),
+    ):
+        add_lora(part, lora.rank, lora.effective_alpha, list(lora.target_modules))
+    return built
+
+
+def build_processor(model: ModelConfig) -> UltravoxProcessor:
+    """The processor that belongs to `build_model(model)`."""
+    name = resolve_model(model.audio_encoder)
+    config = _load_config(name, model.audio_encoder)
+    try:
+        audio_processor = AutoFeatureExtractor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _unavailable("feature extractor", model.audio_encoder, error) from error
+    return UltravoxProcessor(
+        audio_processor,
+        load_tokenizer(model.language_model, model.chat_template),
+        stack_factor=model.stack_factor,
+        convolution_layers=_convolution_layers(config),
+    )
+
+
+def load_audio_encoder(name: str, dtype: torch.dtype = torch.float32) -> AudioEncoder:
+    """A Whisper, HuBERT or wav2vec 2.0 encoder with its weights, from a bundled name, a folder or a hub id.
+
+    Raises:
+        ModelError: not found, or no audio encoder.
+    """
+    path = resolve_model(name)
+    config = _load_config(path, name)
+    if config.model_type not in ENCODERS:
+        raise ModelError(
+            f"audio_encoder: {name!r} is a {config.model_type!r} model; expected one of {', '.join(ENCODERS)}, "
+            "such as 'whisper-tiny.en'"
+        )
+    if config.model_type != "whisper":
+        encoder = WaveformAudioEncoder(config, normalize=_normalizes(path))
+        encoder.encoder = _load(AutoModel, path, name, dtype)
+        encoder.encoder.config.apply_spec_augment = False
+        return encoder
+    source = _load(WhisperModel, path, name, dtype).encoder
+    with torch.device("meta"):
+        whisper = WhisperAudioEncoder(source.config)
+    whisper.load_state_dict(source.state_dict(), assign=True)
+    return whisper.eval()
+
+
+def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model with its weights, from a bundled name, a folder or a hub id.
+
+    Raises:
+        ModelError: not found, or no causal language model.
+    """
+    path = resolve_model(name)
+    config = _load_config(path, name)
+    # Whisper's decoder alone is a causal LM to transformers, but nobody who names it here wants that
+    wrong = config.model_type in ENCODERS or config.model_type == UltravoxConfig.model_type or config.is_encoder_decoder
+    if wrong or type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"language_model: {name!r} is a {config.model_type!r} model; expected a causal language model, "
+            "such as 'smollm2-135m-instruct'"
+        )
+    return _load(AutoModelForCausalLM, path, name, dtype).eval()
+
+
+def load_tokenizer(name: str, chat_template: str = "model") -> Any:
+    """The language model's tokenizer with ``<|audio|>`` and the chosen chat template.
+
+    Raises:
+        ModelError: no tokenizer there; ConfigError: no such template, or the model has none of its own.
+    """
+    path = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _unavailable("tokenizer", name, error) from error
+    add_audio_token(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    if chat_template != "model":
+        tokenizer.chat_template = _read_template(chat_template)
+    elif not tokenizer.chat_template:
+        raise ConfigError(f"{name} has no chat template of its own: set model.chat_template to chatml.jinja or a file")
+    return tokenizer
+
+
+def end_token_ids(tokenizer: Any, model: UltravoxModel) -> list[int]:
+    """Every token that ends an answer: the model's own, the tokenizer's, and the one that the template writes."""
+    own = model.generation_config.eos_token_id
+    ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    if whole.startswith(prompt):
+        answer = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
+        ids |= set([token for token in answer if token in tokenizer.all_special_ids][:1])
+    return sorted(ids - {None})
+
+
+def find_model_folder(checkpoint: str | Path) -> Path:
+    """The model folder of a CHECKPOINT argument: a run folder, its ``model/``, or any saved model.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(checkpoint).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint {path}: expected a run folder, its model/ or a saved model folder")
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            return folder
+    hint = "its training has not finished; resume it" if (path / "config.yaml").is_file() else "expected config.json"
+    raise CheckpointError(f"{path} holds no saved model: {hint}")
+
+
+def load_model(checkpoint: str | Path) -> tuple[UltravoxModel, UltravoxProcessor]:
+    """Model (in evaluation mode) and processor of a run folder, its ``model/`` or any saved model folder.
+
+    Raises:
+        CheckpointError: missing or damaged; ModelError: a base model that it builds on is not to be had.
+    """
+    folder = find_model_folder(checkpoint)
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged ({error}): copy the checkpoint again") from error
+    if model_type != UltravoxConfig.model_type:
+        raise CheckpointError(f"{folder} holds a {model_type!r} model: expected an 'ultravox' model")
+    try:
+        with quiet_loading():
+            model, info = UltravoxModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
+            processor = UltravoxProcessor.from_pretrained(folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and transformers each have errors of their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder} is damaged or incomplete ({reason}): copy the checkpoint again") from error
+    missing = _load_base_models(model, set(info["missing_keys"]))
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} weights, such as {min(missing)}: copy it again")
+    if processor.audio_token_index != model.config.audio_token_index:
+        raise CheckpointError(
+            f"{folder}: <|audio|> is token {processor.audio_token_index} to the tokenizer and "
+            f"{model.config.audio_token_index} to the model; take both from one save"
+        )
+    return model.eval(), processor
+
+
+def save_model(model: UltravoxModel, processor: UltravoxProcessor, folder: Path) -> None:
+    """Write both into `folder` in the public form; wrap it in `atomic_folder` to have it whole or not at all."""
+    with quiet_loading():
+        model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+class quiet_loading:  # noqa: N801 - reads as a statement
+    """transformers' progress bars off for the length of a block."""
+
+    def __enter__(self) -> None:
+        self.was_on = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        if self.was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_base_models(model: UltravoxModel, missing: set[str]) -> set[str]:
+    """Fill the towers that the checkpoint only names; returns the weights that are still missing."""
+    dtype = model.dtype
+    for prefix, name, load in (
+        ("audio_tower.", model.config.audio_model_id, load_audio_encoder),
+        ("language_model.", model.config.text_model_id, load_language_model),
+    ):
+        if name is None or not any(key.startswith(prefix) for key in missing):
+            continue
+        try:
+            part = load(name, dtype)
+        except ModelError as error:
+            raise ModelError(f"the checkpoint builds on {name!r}, which is not to be had: {error}") from error
+        setattr(model, prefix[:-1], part)
+        missing = {key for key in missing if not key.startswith(prefix)}
+    return missing
+
+
+
+def _load_config(path: str, name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unavailable("model", name, error) from error
+
+
+def _load(kind: Any, path: str, name: str, dtype: torch.dtype) -> Any:
+    try:
+        with quiet_loading():
+            return kind.from_pretrained(path, dtype=dtype)
+    except Exception as error:  # safetensors' errors are no OSError
+        raise _unavailable("model", name, error) from error
+
+
+def _unavailable(what: str, name: str, error: Exception) -> ModelError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ModelError(
+        f"no {what} of {name!r} could be loaded ({reason}): expected a bundled name (ultravox models list), "
+        "a local model folder, or a hub id and a network"
+    )
+
+
+def _read_template(name: str) -> str:
+    for path in (Path(name).expanduser(), TEMPLATES / Path(name).name, TEMPLATES / f"{name}.jinja"):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    shipped = ", ".join(sorted(path.name for path in TEMPLATES.glob("*.jinja")))
+    raise ConfigError(f"model.chat_template: no file {name!r}; expected 'model', a Jinja file or one of {shipped}")
+
+
+def _convolution_layers(config: PretrainedConfig) -> list[list[int]] | None:
+    if config.model_type == "whisper":
+        return None
+    return [list(layer) for layer in zip(config.conv_kernel, config.conv_stride, strict=True)]
+
+
+def _normalizes(path: str) -> bool:
+    try:
+        return bool(AutoFeatureExtractor.from_pretrained(path).do_normalize)
+    except OSError:
+        return True
