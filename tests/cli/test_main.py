@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ import pytest
 from ultravox import __version__
 from ultravox.cli import main as cli
 from ultravox.errors import AudioError
+from ultravox.training.interrupt import TrainingInterrupted
 
 CONFIG = "stages:\n  - {name: tune, objective: tune, max_steps: 3}\n"
 
@@ -102,13 +104,26 @@ def test_overrides_reach_training(tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG)
     calls = []
-    wiring = types.ModuleType("ultravox.cli.wiring")
-    wiring.run_training = lambda config, resume: calls.append((config, resume))
-    monkeypatch.setitem(sys.modules, "ultravox.cli.wiring", wiring)
+    training = types.ModuleType("ultravox.training.run")
+    training.run_training = lambda config, resume: calls.append((config, resume))
+    monkeypatch.setitem(sys.modules, "ultravox.training.run", training)
     words = ["train", "--stages.tune.max_steps", "10", str(path), "--resume", "--seed=-0", "--run_dir", str(tmp_path)]
     assert cli.main(words) == 0
     [(config, resume)] = calls
     assert (config.stages[0].max_steps, config.seed, config.run_dir, resume) == (10, 0, str(tmp_path), True)
+
+
+def test_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stop(config, resume):
+        raise TrainingInterrupted(signal.SIGTERM)
+
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    training = types.ModuleType("ultravox.training.run")
+    training.run_training = stop
+    monkeypatch.setitem(sys.modules, "ultravox.training.run", training)
+    assert cli.main(["train", str(path)]) == 128 + signal.SIGTERM
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_user_error_is_one_line(fake_command, capsys):

@@ -1,6 +1,7 @@
 """``ultravox train``: one run, as its config file says."""
 
 import argparse
+import sys
 from pathlib import Path
 
 HELP = "Train a model as a config file says; any key of it can be overridden on the command line."
@@ -24,9 +25,14 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
 
-    from ultravox.cli.wiring import run_training
+    from ultravox.training.interrupt import TrainingInterrupted
+    from ultravox.training.run import run_training
 
-    run_training(config, resume=args.resume)
+    try:
+        run_training(config, resume=args.resume)
+    except TrainingInterrupted as interruption:
+        print(f"ultravox: {interruption}", file=sys.stderr)
+        return interruption.exit_code
     return 0
 
 
