@@ -166,6 +166,7 @@ def test_only_known_hosts_are_linked():
     found = {
         f"{path}: {host}"
         for path, text in tracked_texts().items()
+        if "texts" not in path.parts  # word lists name where they come from
         for host in pattern.findall(text)
         if host not in LINKED_HOSTS
     }
