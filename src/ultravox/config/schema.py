@@ -100,6 +100,7 @@ class SourceConfig(Section):
     )
     repeat: int = Field(1, ge=1, le=1000, description="how often each clip comes in one epoch")
     max_clips: int | None = Field(None, ge=1, description="use the first so many clips only; null = all")
+    speeds: list[Speed] | None = Field(None, min_length=1, description="instead of data.speeds, for this dataset")
 
 
 class DataConfig(Section):
@@ -110,6 +111,10 @@ class DataConfig(Section):
     )
     speeds: list[Speed] = Field(
         [1.0], min_length=1, description="playing speeds; each is one more cached version of every clip"
+    )
+    transcript_style: Literal["written", "spoken"] = Field(
+        "written",
+        description='what the model learns to write down: the text as it stands, or "spoken" = words alone, in lower case',
     )
     min_audio_seconds: float = Field(0.1, ge=0, description="shorter clips are left out")
     max_audio_seconds: float = Field(30.0, gt=0, le=600, description="longer clips are left out")

@@ -5,6 +5,7 @@ case, no punctuation, contractions spelled out, numbers as digits, British spell
 version, because a word error rate means nothing without them.
 """
 
+import unicodedata
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -30,3 +31,9 @@ def normaliser_identity() -> dict[str, str]:
 def normalize_english(text: str) -> str:
     """Whisper's English normalisation of one text: words separated by one space, possibly the empty string."""
     return " ".join(_english()(text.translate(_APOSTROPHES)).split())
+
+
+def spoken_form(text: str) -> str:
+    """Words alone, in lower case: letters with their combining marks, digits and apostrophes, one space between them."""
+    kept = (c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text.translate(_APOSTROPHES).lower())
+    return " ".join("".join(kept).split())
