@@ -5,7 +5,7 @@ Both work on a clip's true length. Values equal those of Hugging Face's feature 
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ DYNAMIC_RANGE = 8.0  # bels below the loudest bin at which the spectrogram is cu
 LOWEST_POWER = 1e-10
 
 
+@runtime_checkable
 class FeatureExtractor(Protocol):
     """A function from one window's waveform to features whose last axis is time."""
 

@@ -171,7 +171,7 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise DataError("the model needs input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, *self._audio_embeddings(audio_values, audio_lens, audio_token_len))
+            inputs_embeds = self.embed_prompt(input_ids, audio_values, audio_lens, audio_token_len)
         inputs = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -188,11 +188,22 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def _audio_embeddings(
-        self, audio_values: Tensor | None, audio_lens: Tensor | None, audio_token_len: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def embed_prompt(
+        self,
+        input_ids: Int[Tensor, "row token"],
+        audio_values: Float[Tensor, "clip channel time"] | None = None,
+        audio_lens: Int[Tensor, " clip"] | None = None,
+        audio_token_len: Int[Tensor, " clip"] | None = None,
+        **_: Any,
+    ) -> Float[Tensor, "row token hidden"]:
+        """From what the processor returns to the language model's input.
+
+        Raises:
+            DataError: placeholders, audio and `audio_token_len` differ in number.
+        """
+        input_ids = input_ids.to(self.device)
         if audio_values is None or audio_lens is None or len(audio_values) == 0:
-            return None, None
+            return self.embed(input_ids)
         audio_values, audio_lens = audio_values.to(self.device), audio_lens.to(self.device)
         embeddings, token_lengths = self.project(*self.encode_audio(audio_values, audio_lens))
         if audio_token_len is not None and audio_token_len.tolist() != token_lengths.tolist():
@@ -201,7 +212,7 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
                 f"{audio_token_len.tolist()}: the processor and the model differ in stack_factor "
                 f"({self.config.stack_factor} here) or in the encoder"
             )
-        return embeddings, token_lengths
+        return self.embed(input_ids, embeddings, token_lengths)
 
     def supervised_logits(
         self, hidden: Float[Tensor, "row token hidden"], labels: Int[Tensor, "row token"]

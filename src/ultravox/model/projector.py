@@ -8,7 +8,6 @@ from transformers import initialization as init
 
 from ultravox.audio.lengths import num_audio_tokens
 from ultravox.model.downsample import stack_frames
-from ultravox.model.kernels import FastLinear
 
 
 class RmsNorm(nn.Module):
@@ -55,8 +54,8 @@ class SwigluProjector(nn.Module):
         super().__init__()
         self.stack_factor, self.norm_init = stack_factor, norm_init
         self.ln_pre = RmsNorm(encoder_width * stack_factor)
-        self.linear_1 = FastLinear(encoder_width * stack_factor, hidden_size, bias=False)
-        self.linear_2 = FastLinear(hidden_size // 2, output_width, bias=False)
+        self.linear_1 = nn.Linear(encoder_width * stack_factor, hidden_size, bias=False)
+        self.linear_2 = nn.Linear(hidden_size // 2, output_width, bias=False)
         self.ln_mid = RmsNorm(hidden_size // 2) if ln_mid else nn.Identity()
         self.ln_post = nn.Identity() if ln_mid else RmsNorm(output_width)
         self.reset_parameters()

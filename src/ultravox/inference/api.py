@@ -1,0 +1,81 @@
+"""``ultravox.load(path)``: a model in three lines of Python."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal, overload
+
+import numpy as np
+
+from ultravox.audio.waveform import load_waveform
+from ultravox.data.prompts import user_message
+from ultravox.inference.conversation import Conversation
+from ultravox.inference.generate import Decoding, stream_answer, transcribe
+from ultravox.model.factory import load_model
+from ultravox.model.modeling import UltravoxModel
+from ultravox.model.processing import UltravoxProcessor
+
+Audio = str | Path | bytes | BinaryIO | np.ndarray
+"""A file, its content, or a waveform float [sample] at 16 kHz."""
+
+
+class Ultravox:
+    """A loaded model with its processor."""
+
+    def __init__(self, model: UltravoxModel, processor: UltravoxProcessor):
+        self.model, self.processor = model, processor
+
+    @overload
+    def ask(
+        self, audio: Audio | Sequence[Audio] | None, prompt: str | None = ..., *, stream: Literal[False] = ..., **_: float
+    ) -> str: ...
+    @overload
+    def ask(
+        self, audio: Audio | Sequence[Audio] | None, prompt: str | None = ..., *, stream: Literal[True], **_: float
+    ) -> Iterator[str]: ...
+    def ask(self, audio, prompt=None, *, stream=False, max_new_tokens=256, temperature=0.0, top_p=1.0, seed=None):
+        """Ask about recordings.
+
+        Args:
+            audio: one recording or several; None for none.
+            prompt: text after them; without it the model answers what was said.
+            stream: give pieces as they come instead of the whole answer.
+            max_new_tokens, temperature, top_p, seed: see `Decoding`.
+
+        Raises:
+            AudioError: a recording that cannot be used; DataError: more ``<|audio|>`` in the prompt than recordings.
+        """
+        waveforms = load_waveforms(audio)
+        decoding = Decoding(max_new_tokens, temperature, top_p, seed)
+        message = user_message(prompt or "", len(waveforms))
+        pieces = stream_answer(self.model, self.processor, [message], waveforms, decoding)
+        return pieces if stream else "".join(pieces).strip()
+
+    def transcribe(
+        self, files: Audio | Sequence[Audio], *, batch_size: int = 8, max_new_tokens: int = 256
+    ) -> list[str]:
+        """Write down what is said in each recording, in their order."""
+        waveforms = load_waveforms(files)
+        return transcribe(
+            self.model, self.processor, waveforms, batch_size=batch_size, max_new_tokens=max_new_tokens
+        )
+
+    def conversation(self, *, system: str | None = None, decoding: Decoding | None = None) -> Conversation:
+        """Begin a dialogue of several turns."""
+        return Conversation(self.model, self.processor, system=system, decoding=decoding)
+
+
+def load(checkpoint: str | Path) -> Ultravox:
+    """Load a run folder, its ``model/`` or any saved model folder.
+
+    Raises:
+        CheckpointError: missing or damaged; ModelError: a base model that is not to be had.
+    """
+    return Ultravox(*load_model(checkpoint))
+
+
+def load_waveforms(audio: Audio | Sequence[Audio] | None) -> list[np.ndarray]:
+    """Waveforms float32 [sample] of one recording or several."""
+    if audio is None:
+        return []
+    many = audio if isinstance(audio, list | tuple) else [audio]
+    return [np.asarray(one, dtype=np.float32) if isinstance(one, np.ndarray) else load_waveform(one) for one in many]
