@@ -147,14 +147,14 @@ class FeatureCache:
                 if missing:
                     limits = (min_seconds, max_seconds)
                     self._encode_missing(missing, encode, limits, max_batch_seconds, report, on_progress)
-            report.names = [name if name in self else None for name in report.names]
+            report.names = [name if name and name in self else None for name in report.names]
         report.seconds = time.monotonic() - begin
         return report
 
     def _is_good(self, name: str) -> bool:
         """Whether the entry is there and its rows are what was written (checked once per process)."""
         if name in self._entries and name not in self._good:
-            if zlib.crc32(np.ascontiguousarray(self.frames(name))) == self._entries[name][2]:
+            if zlib.crc32(np.ascontiguousarray(self.frames(name)).data) == self._entries[name][2]:
                 self._good.add(name)
             else:
                 del self._entries[name]
@@ -218,8 +218,8 @@ class FeatureCache:
                 if not np.isfinite(rows).all():
                     hint = "; try data.feature_dtype: float32" if np.isfinite(frames).all() else ""
                     raise DataError(f"features of {name} are not finite in {self.key.dtype}{hint}")
-                file.write(rows)
-                self._entries[name] = (num_rows, len(rows), zlib.crc32(rows))
+                file.write(rows.data)
+                self._entries[name] = (num_rows, len(rows), zlib.crc32(rows.data))
                 self._good.add(name)
                 num_rows += len(rows)
                 if time.monotonic() - last_commit > SECONDS_BETWEEN_COMMITS:

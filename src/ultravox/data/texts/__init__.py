@@ -1,0 +1,1 @@
+"""Texts for synthetic speech: word lists, templates, and what draws from them."""
