@@ -54,3 +54,25 @@ def test_state_of_other_parameters_is_refused():
     state = {"w.step": torch.tensor(1.0), "w.exp_avg": torch.zeros(2, 2), "w.exp_avg_sq": torch.zeros(2, 2)}
     with pytest.raises(CheckpointError, match="shape"):
         optimizer.load_state_dict(state)
+
+
+def test_bfloat16_parameters_keep_small_updates_and_resume_exactly():
+    weight = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+
+    def optimizer(parameter):
+        return Optimizer([ParameterGroup("a", {"w": parameter}, 1e-4)], weight_decay=0, betas=(0.9, 0.99), eps=1e-8)
+
+    def steps(optimizer, parameter, count):
+        for _ in range(count):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step(divisor=1, max_grad_norm=10, lr_factor=1)
+
+    first = optimizer(weight)
+    steps(first, weight, 100)
+    assert weight.float().mean().item() == pytest.approx(0.99, abs=0.004), "0.9999 would round to 1 in bfloat16"
+    twin = nn.Parameter(weight.detach().clone())
+    second = optimizer(twin)
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    steps(first, weight, 5)
+    steps(second, twin, 5)
+    assert torch.equal(first.state_dict()["w.master"], second.state_dict()["w.master"])

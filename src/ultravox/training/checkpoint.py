@@ -69,7 +69,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         tensors = [load_file(folder / name) for name in FILES[:2]]
     except SafetensorError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    return Checkpoint(*tensors, state=_read_json(folder / "state.json"))
+    return Checkpoint(tensors[0], tensors[1], _read_json(folder / "state.json"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

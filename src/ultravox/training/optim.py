@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ultravox.errors import CheckpointError
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
@@ -44,7 +46,8 @@ def lr_factor(
 class Optimizer:
     """AdamW over parameter groups. Gradients arrive as sums; `step` divides, clips and updates in few passes.
 
-    Weight decay falls on matrices only, not on norms, biases and single rows.
+    Weight decay falls on matrices only, not on norms, biases and single rows. Parameters in bfloat16 are updated
+    through a float32 copy: an update of a thousandth of a weight would be rounded away.
     """
 
     def __init__(
@@ -52,10 +55,15 @@ class Optimizer:
     ) -> None:
         self.groups = [group for group in groups if group.parameters]
         self._named = {name: parameter for group in self.groups for name, parameter in group.parameters.items()}
+        self._masters = {
+            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            for name, parameter in self._named.items()
+        }
         settings = []
         for group in self.groups:
+            masters = [self._masters[name] for name in group.parameters]
             for decays in (True, False):
-                parameters = [p for p in group.parameters.values() if (p.dim() >= 2 and min(p.shape) > 1) == decays]
+                parameters = [p for p in masters if (p.dim() >= 2 and min(p.shape) > 1) == decays]
                 if parameters:
                     decay = weight_decay if decays else 0.0
                     settings.append({"params": parameters, "lr": group.lr, "peak": group.lr, "weight_decay": decay})
@@ -73,10 +81,13 @@ class Optimizer:
 
         Returns: the norm before clipping. When it is not finite, nothing is updated.
         """
-        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        for name, parameter in self._named.items():
+            if (master := self._masters[name]) is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+        gradients = [p.grad for p in self._masters.values() if p.grad is not None]
         if not gradients:
             return 0.0
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float()).item() / divisor
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item() / divisor
         if not math.isfinite(norm):
             return norm
         scale = min(1.0, max_grad_norm / (norm + 1e-6)) / divisor
@@ -84,24 +95,31 @@ class Optimizer:
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * lr_factor
         self._adamw.step()
+        for name, parameter in self._named.items():
+            if (master := self._masters[name]) is not parameter:
+                parameter.data.copy_(master.data)
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<parameter name>.{step, exp_avg, exp_avg_sq}`."""
-        return {
+        """`<parameter name>.{step, exp_avg, exp_avg_sq}`, and `.master` where the parameter is not float32."""
+        state = {
             f"{name}.{key}": value
-            for name, parameter in self._named.items()
-            for key, value in self._adamw.state.get(parameter, {}).items()
+            for name, master in self._masters.items()
+            for key, value in self._adamw.state.get(master, {}).items()
         }
+        copies = {f"{name}.master": m.detach() for name, m in self._masters.items() if m is not self._named[name]}
+        return state | copies
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Undo `state_dict`, bit for bit. CheckpointError when the parameters are not the same ones."""
         found = {key.rpartition(".")[0] for key in state}
         if unknown := sorted(found - set(self._named)):
             raise CheckpointError(f"the optimizer state holds {unknown[0]!r}, which does not train here")
-        for name, parameter in self._named.items():
-            if name in found:
-                entry = {key: state[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-                if entry["exp_avg"].shape != parameter.shape:
-                    raise CheckpointError(f"the optimizer state of {name!r} has shape {list(entry['exp_avg'].shape)}")
-                self._adamw.state[parameter] = entry
+        for name, master in self._masters.items():
+            entry = {key: state[f"{name}.{key}"].clone() for key in _MOMENTS if f"{name}.{key}" in state}
+            if (moment := entry.get("exp_avg")) is not None and moment.shape != master.shape:
+                raise CheckpointError(f"the optimizer state of {name!r} has shape {list(moment.shape)}")
+            if entry:
+                self._adamw.state[master] = entry
+            if f"{name}.master" in state:
+                master.data.copy_(state[f"{name}.master"])

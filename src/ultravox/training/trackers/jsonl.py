@@ -2,9 +2,11 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ultravox.files import atomic_write
 from ultravox.training.measure import memory_bytes
 from ultravox.training.trackers.window import Window
 from ultravox.training.trainer import StepRecord
@@ -13,19 +15,13 @@ FORMAT_VERSION = 1
 
 
 class JsonLinesLog:
-    """Appends a row every `log_every` steps, for each evaluation, and for each step that was not taken.
+    """Appends a row every `log_every` steps, for each evaluation, and for each step that was not taken."""
 
-    On resuming, rows after the step gone back to are dropped: each step is in the log once.
-    """
-
-    def __init__(self, path: Path, log_every: int, stage: str, resume_step: int = 0, num_decimals: int = 8) -> None:
-        self.path, self.log_every, self._decimals = path, log_every, num_decimals
+    def __init__(self, path: Path, log_every: int, resume_step: int = 0, num_decimals: int = 8) -> None:
+        self.path, self.log_every, self._decimals, self._resume_step = path, log_every, num_decimals, resume_step
         self._window: Window | None = None
-        self._resume_step = resume_step
+        self._elapsed = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            rows = [line for line in path.read_text().splitlines() if not _is_later(line, stage, resume_step)]
-            path.write_text("".join(f"{row}\n" for row in rows))
         self._file = path.open("a")
 
     def on_step(self, record: StepRecord) -> None:
@@ -35,6 +31,7 @@ class JsonLinesLog:
             if self._resume_step:
                 self._window.start = record.elapsed_seconds
         self._window.add(record)
+        self._elapsed = record.elapsed_seconds
         if record.skipped_ids is not None:
             self._write(record.stage, record.step, {"skipped_ids": record.skipped_ids})
         if record.step % self.log_every == 0 or record.step == record.max_steps:
@@ -45,7 +42,7 @@ class JsonLinesLog:
             self._write(record.stage, record.step, {**row, **extra, "memory_bytes": memory_bytes()})
 
     def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        self._write(stage, step, metrics)
+        self._write(stage, step, {**metrics, "elapsed_seconds": self._elapsed})
 
     def close(self) -> None:
         self._file.close()
@@ -59,9 +56,17 @@ class JsonLinesLog:
         self._file.flush()
 
 
-def _is_later(line: str, stage: str, step: int) -> bool:
-    try:
-        row = json.loads(line)
-        return row["stage"] == stage and row["step"] > step
-    except (ValueError, KeyError, TypeError):
-        return True  # half a line, from a process that was killed
+def drop_rows_after(path: Path, stages: Sequence[str], stage: str | None = None, step: int = 0) -> None:
+    """Before going on from a step of a stage, forget what was logged later: each step is in the log once."""
+    if not path.is_file():
+        return
+    limit = (stages.index(stage), step) if stage is not None else (-1, 0)
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+            if (stages.index(row["stage"]), row["step"]) <= limit:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line, from a process that was killed
+    atomic_write(path, "".join(f"{line}\n" for line in kept))

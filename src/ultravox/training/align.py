@@ -1,0 +1,60 @@
+"""Task `align`: CTC through the language model's own embedding rows. The language model itself does not run."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ultravox.config.schema import StageConfig
+from ultravox.errors import DataError
+from ultravox.objectives.alignment import CtcAlignment
+from ultravox.training.speech import Example, SpeechData
+from ultravox.training.speech_task import SpeechBatch, SpeechTask
+from ultravox.training.task import LossOutput
+
+
+class AlignTask(SpeechTask):
+    """Every clip's transcript, whatever its task is when tuning."""
+
+    parts = ("projector", "audio_encoder")
+
+    def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
+        super().__init__(model, processor, data, stage, seed)
+        vocabulary = np.unique(np.concatenate([example.transcript for example in self.examples]))
+        table = model.get_input_embeddings().weight
+        self.alignment = CtcAlignment(table, torch.from_numpy(vocabulary), stage.align.match_weight)
+        self.extra = self.alignment
+        self._targets = {id(e): self.alignment.targets(torch.from_numpy(e.transcript)) for e in self.examples}
+
+    def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
+        """CTC needs a position for each token, and a blank between equal neighbours; versions without are left out."""
+        lengths, selected = [], []
+        for example in examples:
+            needed = len(example.transcript) + int((np.diff(example.transcript) == 0).sum())
+            counts = [self.audio_tokens(example, version) for version in range(len(example.names))]
+            windows = [self.features.num_windows(frames) for frames in example.num_frames]
+            usable = [n if n >= needed and w == 1 else 0 for n, w in zip(counts, windows, strict=True)]
+            if any(usable):
+                selected.append(example)
+                lengths.append(usable)
+        if not selected:
+            raise DataError(
+                f"stage {self.stage.name}: no transcript fits into its clip's positions: lower model.stack_factor"
+            )
+        width = max(map(len, lengths))
+        return selected, [row + [0] * (width - len(row)) for row in lengths]
+
+    def loss(self, batch: SpeechBatch) -> LossOutput:
+        """Sum over clips of CTC and matching loss; the count is target tokens."""
+        embeddings, token_lengths = self.audio_embeddings(batch, augmented=True)
+        targets = [self._targets[id(example)] for example in batch.examples]
+        target_lengths = torch.tensor([len(target) for target in targets])
+        total, ctc, count = self.alignment.loss(embeddings, token_lengths, torch.cat(targets), target_lengths)
+        num_tokens = int(token_lengths.sum())
+        return LossOutput(total, float(count), batch.audio_seconds, num_tokens, {"ctc": ctc.item()})
+
+    def transcribe(self, examples: list[Example]) -> list[str]:
+        """Greedy CTC decoding."""
+        embeddings, token_lengths = self.audio_embeddings(self.load(examples, [0] * len(examples)), augmented=False)
+        decoded: list[list[int]] = self.alignment.decode(embeddings, token_lengths)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in decoded]

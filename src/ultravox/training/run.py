@@ -1,0 +1,350 @@
+"""One training run, from a configuration to a folder: `run_training`."""
+
+import fcntl
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ultravox.config.load import dump_config
+from ultravox.config.schema import RunConfig, StageConfig
+from ultravox.errors import ConfigError, UltravoxError
+from ultravox.files import atomic_folder, atomic_write, sha256_file
+from ultravox.model.factory import build_model, build_processor, save_model
+from ultravox.model.pretrained import resolve_model
+from ultravox.training import checkpoint as checkpoints
+from ultravox.training.align import AlignTask
+from ultravox.training.interrupt import StopRequest, stop_on_signals
+from ultravox.training.measure import keep_freed_memory, matmul_flop_rate, memory_bytes, peak_memory_bytes
+from ultravox.training.optim import Optimizer
+from ultravox.training.progress import TerminalProgress
+from ultravox.training.speech import SpeechData, prepare_speech
+from ultravox.training.speech_task import SpeechTask, load_trainable
+from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
+from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
+from ultravox.training.trainer import LoopSettings, LoopState, run_stage
+from ultravox.training.tune import TuneTask, num_matmul_parameters
+
+FORMAT_VERSION = 1
+TASKS: dict[str, type[SpeechTask]] = {"align": AlignTask, "tune": TuneTask}
+
+#: What a run leaves behind; a new run in the same folder removes it.
+RUN_FILES = (
+    "config.yaml",
+    "log.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "model",
+    "train.json",
+    "results.json",
+    "report.html",
+)
+
+#: Keys that a resumed run may change, since they do not touch its numbers.
+FREE_KEYS = ("run_dir", "logging", "evaluation")
+FREE_STAGE_KEYS = ("log_every", "evaluate_every", "checkpoint_every")
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where a run stands between its stages; part of each checkpoint."""
+
+    seconds: float = 0.0
+    """Wall time of training before this process."""
+    feature_cache_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    """Summaries of the stages that are done."""
+
+
+def run_training(config: RunConfig, resume: bool = False) -> Path:
+    """Train as the configuration says.
+
+    Args:
+        config: of the run. Without `resume`, an earlier run in its folder is replaced.
+        resume: go on from the last checkpoint, bit for bit as if the run had not stopped; without one, begin.
+
+    Returns: the run folder, with `model/` in the public format and `train.json`.
+
+    Raises:
+        TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint was saved.
+        UltravoxError: whatever in the configuration, the data or a checkpoint does not fit.
+    """
+    begin = time.monotonic()
+    run_dir = Path(config.run_dir)
+    names = [stage.name for stage in config.stages]
+    with ExitStack() as stack:
+        # 1. One process per run folder; what was there goes, unless it is gone on with
+        _lock(run_dir, stack)
+        found = checkpoints.list_checkpoints(run_dir, names)
+        if not resume:
+            _clear(run_dir)
+        start = checkpoints.load_checkpoint(found[-1]) if resume and found else None
+        if start is not None:
+            saved, current = start.state["config"], _deciding_keys(config)
+            checkpoints.require_same(saved, current, "the configuration", found[-1])
+            checkpoints.require_same(start.state["base_models"], base_models(config), "a base model", found[-1])
+        atomic_write(run_dir / "config.yaml", dump_config(config))
+
+        # 2. The model; its fresh weights are a function of the seed
+        keep_freed_memory()
+        seed_everything(config.seed, "model")
+        processor = build_processor(config.model)
+        model = build_model(config.model)
+
+        # 3. The data: clips, tokens, features of the frozen encoder
+        data = prepare_speech(config, model, processor)
+        run = RunState(feature_cache_seconds=data.report.seconds)
+        if start is not None:
+            checkpoints.require_same(start.state["data"], data.fingerprints, "the training data", found[-1])
+            run = RunState(**start.state["run"])
+            run.feature_cache_seconds += data.report.seconds
+        _announce(config, model, data)
+
+        # 4. The stages
+        drop_rows_after(run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ()))
+        stop = stack.enter_context(stop_on_signals())
+        first = names.index(start.state["stage"]) if start else 0
+        for index, stage in enumerate(config.stages):
+            if index >= first:
+                context = _Stage(config, stage, model, processor, data, run, begin, stop)
+                _run_stage(context, start if index == first else None)
+
+        # 5. The model as others read it, then the summary, which says that the run is whole
+        with atomic_folder(run_dir / "model") as folder:
+            save_model(model, processor, folder)
+        summary = _summary(run, data, begin)
+        atomic_write(run_dir / "train.json", json.dumps(summary, indent=2) + "\n")
+    return run_dir
+
+
+@dataclass(slots=True)
+class _Stage:
+    """What one stage of a run is made from."""
+
+    config: RunConfig
+    stage: StageConfig
+    model: Any
+    processor: Any
+    data: SpeechData
+    run: RunState
+    begin: float
+    stop: StopRequest
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
+    """Train one stage, from its beginning or from a checkpoint in it, and add its summary to the run's."""
+    config, stage, run = context.config, context.stage, context.run
+    done = next((summary for summary in run.finished if summary["name"] == stage.name), None)
+    seed_everything(config.seed, stage.name)
+    flop_rate = matmul_flop_rate() if stage.objective == "tune" and done is None else 0.0
+    task = TASKS[stage.objective](context.model, context.processor, context.data, stage, config.seed)
+    optim = stage.optim
+    groups = task.parameter_groups()
+    if not groups:
+        raise UltravoxError(f"stage {stage.name} trains nothing: every learning rate is 0 or belongs to a frozen part")
+    optimizer = Optimizer(groups, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
+    state = LoopState()
+    if start is not None:
+        load_trainable(task.trainable_state(), start.trainable)
+        optimizer.load_state_dict(start.optimizer)
+        checkpoints.restore_random_state(start.state["random"])
+        state = LoopState(**start.state["loop"])
+    if done is not None:
+        return  # the checkpoint is that of the stage's end
+
+    last: dict[str, float] = {}
+
+    def save(state: LoopState) -> None:
+        seconds = run.seconds + time.monotonic() - context.begin
+        finished = list(run.finished)
+        if state.step == stage.max_steps:
+            finished.append(_stage_summary(context, task, state, last, flop_rate))
+        peak = max(run.peak_memory_bytes, peak_memory_bytes())
+        content = {
+            "stage": stage.name,
+            "step": state.step,
+            "loop": state.to_json(),
+            "random": checkpoints.random_state(),
+            "config": _deciding_keys(config),
+            "config_sha256": hashlib.sha256(json.dumps(_deciding_keys(config), sort_keys=True).encode()).hexdigest(),
+            "base_models": base_models(config),
+            "data": context.data.fingerprints,
+            "run": {
+                "seconds": seconds,
+                "feature_cache_seconds": run.feature_cache_seconds,
+                "peak_memory_bytes": peak,
+                "finished": finished,
+            },
+        }
+        folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
+        checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
+        checkpoints.save_checkpoint(folder, checkpoint)
+        checkpoints.remove_old_checkpoints(context.run_dir, [s.name for s in config.stages])
+
+    settings = LoopSettings(
+        stage=stage.name,
+        max_steps=stage.max_steps,
+        accumulation_steps=stage.accumulation_steps,
+        warmup_steps=optim.warmup_steps,
+        schedule=optim.schedule,
+        final_lr_share=optim.final_lr_share,
+        max_grad_norm=optim.max_grad_norm,
+        evaluate_every=stage.evaluate_every,
+        checkpoint_every=stage.checkpoint_every,
+    )
+    with ExitStack() as stack:
+        callbacks = _callbacks(context, state.step, last, stack)
+        state = run_stage(task, optimizer, settings, state=state, callbacks=callbacks, save=save, stop=context.stop)
+    run.finished.append(_stage_summary(context, task, state, last, flop_rate))
+
+
+class _Last:
+    """Remembers the last loss and evaluation, for the summary."""
+
+    def __init__(self, values: dict[str, float]) -> None:
+        self.values = values
+
+    def on_step(self, record: Any) -> None:
+        self.values["loss"] = record.loss
+
+    def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        self.values.update(metrics)
+
+
+def _callbacks(context: _Stage, step: int, last: dict[str, float], stack: ExitStack) -> Sequence[Any]:
+    stage = context.stage
+    callbacks: list[Any] = [JsonLinesLog(context.run_dir / "log.jsonl", stage.log_every, step)]
+    if context.config.logging.tensorboard and tensorboard_is_installed():
+        callbacks.append(TensorBoardLog(context.run_dir / "tensorboard", stage.log_every, step))
+    callbacks.append(TerminalProgress(stage.name, stage.max_steps, stage.log_every))
+    for callback in callbacks:
+        stack.callback(callback.close)
+    return [*callbacks, _Last(last)]
+
+
+def _stage_summary(
+    context: _Stage, task: SpeechTask, state: LoopState, last: dict[str, float], flop_rate: float
+) -> dict[str, Any]:
+    """What train.json says about a stage. Rates are over its whole wall time, evaluations and checkpoints included."""
+    summary = {
+        "name": context.stage.name,
+        "objective": context.stage.objective,
+        "steps": state.step,
+        "skipped_steps": state.skipped,
+        "seconds": state.seconds,
+        "evaluation_seconds": state.evaluation_seconds,
+        "epochs": state.epoch + state.batch / task.num_batches(state.epoch),
+        "num_examples": len(task.examples),
+        "audio_seconds": state.audio_seconds,
+        "audio_seconds_per_second": state.audio_seconds / max(state.seconds, 1e-9),
+        "num_tokens": state.num_tokens,
+        "tokens_per_second": state.num_tokens / max(state.seconds, 1e-9),
+        **{f"final_{name}": value for name, value in last.items()},
+    }
+    if flop_rate:
+        # 2 N for the forward pass and 2 N for the gradient of its input; a frozen weight has no gradient of its own.
+        num_parameters = num_matmul_parameters(context.model.language_model)
+        rate = 4 * num_parameters * state.num_tokens / max(state.seconds, 1e-9)
+        summary |= {
+            "num_matmul_parameters": num_parameters,
+            "matmul_flop_rate": flop_rate,
+            "matmul_utilisation": rate / flop_rate,
+        }
+    return summary
+
+
+def _summary(run: RunState, data: SpeechData, begin: float) -> dict[str, Any]:
+    return {
+        "version": FORMAT_VERSION,
+        "train_seconds": run.seconds + time.monotonic() - begin,
+        "feature_cache_seconds": run.feature_cache_seconds,
+        "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes()),
+        "num_threads": torch.get_num_threads(),
+        "num_clips": len(data.examples),
+        "audio_seconds": data.seconds,
+        "num_progress_clips": len(data.progress_examples),
+        "quarantined": {reason: len(files) for reason, files in data.report.quarantined.items()},
+        "num_trainable_parameters": sum(parameter.numel() for parameter in data.trainable.values()),
+        "stages": run.finished,
+    }
+
+
+def seed_everything(seed: int, purpose: str) -> None:
+    """Seed torch, numpy and python for one purpose, whatever was drawn before it."""
+    number = int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "little")
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
+def base_models(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Name and content hash of the pretrained models that a run starts from."""
+    found = {}
+    for part in ("language_model", "audio_encoder"):
+        name = getattr(config.model, part)
+        folder = Path(resolve_model(name))
+        weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json"))
+        digest = hashlib.sha256("".join(sha256_file(path) for path in weights).encode()).hexdigest()
+        found[part] = {"name": name, "sha256": digest if weights else "unknown: a hub id"}
+    return found
+
+
+def _deciding_keys(config: RunConfig) -> dict[str, Any]:
+    """The part of the configuration that decides the run's numbers, as JSON."""
+    content = config.model_dump(mode="json")
+    progress_clips = content["evaluation"]["num_progress_clips"]
+    content = {key: value for key, value in content.items() if key not in FREE_KEYS}
+    for stage in content["stages"]:
+        for key in FREE_STAGE_KEYS:
+            stage.pop(key)
+    return {**content, "evaluation": {"num_progress_clips": progress_clips}}  # they are kept out of training
+
+
+def _lock(run_dir: Path, stack: ExitStack) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context((run_dir / ".lock").open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UltravoxError(
+            f"another process is training in {run_dir}: wait for it, or choose another run_dir"
+        ) from error
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove an earlier run. A folder that holds other things and no run is not touched."""
+    there = [path for path in run_dir.iterdir() if path.name != ".lock"]
+    if there and not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} holds files but no run: choose another run_dir, or empty it")
+    for path in (run_dir / name for name in RUN_FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
+    count = sum(parameter.numel() for parameter in data.trainable.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    left_out = sum(len(files) for files in data.report.quarantined.values())
+    text = (
+        f"{len(data.examples)} clips ({data.seconds / 60:.0f} min of speech) at {len(config.data.speeds)} speeds"
+        f"{f', {left_out} left out' if left_out else ''}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
+        f"{memory_bytes() / 1e9:.1f} GB of memory"
+    )
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)

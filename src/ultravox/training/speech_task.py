@@ -1,0 +1,150 @@
+"""What the tasks on speech have in common: batches of examples, features, parameter groups, the trainable state."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultravox.config.schema import StageConfig
+from ultravox.data.loader import BatchOrder
+from ultravox.errors import CheckpointError
+from ultravox.metrics.error_rate import word_error_rate
+from ultravox.training.optim import ParameterGroup
+from ultravox.training.speech import Example, SpeechData, augment
+from ultravox.training.task import LossOutput, Position
+
+PARTS = {"projector": "multi_modal_projector.", "language_model": "language_model.", "audio_encoder": "audio_tower."}
+
+
+@dataclass(slots=True)
+class SpeechBatch:
+    """Examples at a speed each, and what the cache keeps of them."""
+
+    ids: list[str]
+    examples: list[Example]
+    versions: list[int]
+    values: Tensor
+    """[window, step, channel]."""
+    lengths: Tensor
+    """[window]."""
+    augment_seed: tuple[int | str, ...]
+
+    @property
+    def audio_seconds(self) -> float:
+        return sum(example.seconds[version] for example, version in zip(self.examples, self.versions, strict=True))
+
+
+class SpeechTask(abc.ABC):
+    """A task on a model that hears. Subclasses choose the examples, their lengths and the loss."""
+
+    parts: tuple[str, ...]
+    """Parts of the model that this objective trains, where they train at all."""
+
+    def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
+        self.model, self.tokenizer, self.data, self.stage, self.seed = model, processor.tokenizer, data, stage, seed
+        self.features, self.stack_factor = data.features, model.config.stack_factor
+        self.trainable = data.trainable
+        self.extra: nn.Module | None = None
+        """Parameters of the objective itself."""
+        chosen = [e for e in data.examples if stage.sources is None or e.source in stage.sources]
+        self.examples, lengths = self._select(chosen)
+        repeats = [example.repeat for example in self.examples]
+        self._order = BatchOrder(lengths, repeats, stage.max_batch_tokens, seed)
+
+    @abc.abstractmethod
+    def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
+        """The examples that can be trained on, and the tokens of each of their versions (0 = left out)."""
+
+    @abc.abstractmethod
+    def loss(self, batch: SpeechBatch) -> LossOutput:
+        """Forward pass."""
+
+    @abc.abstractmethod
+    def transcribe(self, examples: list[Example]) -> list[str]:
+        """What the model makes of each example's first version."""
+
+    def audio_tokens(self, example: Example, version: int) -> int:
+        """Language model positions of one version's audio."""
+        return self.features.num_audio_tokens(example.num_frames[version], self.stack_factor)
+
+    def num_batches(self, epoch: int) -> int:
+        """See `Task`."""
+        return self._order.num_batches(epoch)
+
+    def batch(self, position: Position) -> SpeechBatch:
+        """See `Task`."""
+        items = self._order.batch(position.epoch, position.batch)
+        examples, versions = [self.examples[item.example] for item in items], [item.version for item in items]
+        return self.load(examples, versions, (self.seed, self.stage.name, position.epoch, position.batch))
+
+    def load(
+        self, examples: Sequence[Example], versions: Sequence[int], seed: tuple[int | str, ...] = ()
+    ) -> SpeechBatch:
+        """Examples at chosen versions."""
+        names = [example.names[version] for example, version in zip(examples, versions, strict=True)]
+        values, lengths = self.features.load(names)
+        return SpeechBatch([e.id for e in examples], list(examples), list(versions), values, lengths, seed)
+
+    def audio_embeddings(self, batch: SpeechBatch, *, augmented: bool) -> tuple[Tensor, Tensor]:
+        """Projected audio of a batch: [window, token, hidden] and lengths [window]."""
+        frames, lengths = self.features.frames(batch.values, batch.lengths)
+        if augmented:
+            rate = self.model.audio_tower.frames_per_second
+            frames = augment(frames, lengths, self.stage.augment, batch.augment_seed, rate)
+        return self.model.project(frames, lengths)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What trains in this stage; a part with rate 0 stands still."""
+        groups = []
+        for part in self.parts:
+            lr = getattr(self.stage.optim.lr, part)
+            found = {name: p for name, p in self.trainable.items() if name.startswith(PARTS[part])}
+            if part == "projector" and self.extra is not None:
+                found |= {f"objective.{name}": p for name, p in self.extra.named_parameters()}
+            if lr > 0 and found:
+                groups.append(ParameterGroup(part, found, lr))
+        training = {name for group in groups for name in group.parameters}
+        for name, parameter in self.trainable.items():
+            parameter.requires_grad_(name in training)
+        return groups
+
+    def train_mode(self) -> None:
+        """Dropout where the base models have it; a frozen encoder stays as it is for inference."""
+        self.model.train()
+        self.model.audio_tower.train(self.features.live)
+
+    def evaluate(self) -> dict[str, float]:
+        """Word error rate on the clips that were kept out of training."""
+        examples = self.data.progress_examples
+        if not examples:
+            return {}
+        self.model.eval()
+        with torch.no_grad():
+            texts = self.transcribe(examples)
+        return {"wer": word_error_rate([example.text for example in examples], texts)}
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """All that trains in any stage, and the objective's own parameters."""
+        state = {name: parameter.detach() for name, parameter in self.trainable.items()}
+        if self.extra is not None:
+            state |= {f"objective.{name}": p.detach() for name, p in self.extra.named_parameters()}
+        return state
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undo `trainable_state`."""
+        load_trainable(self.trainable_state(), state)
+
+
+def load_trainable(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into the model's. CheckpointError when names or shapes differ."""
+    if odd := sorted(set(current) ^ set(saved)):
+        where = "only in the checkpoint" if odd[0] in saved else "missing in the checkpoint"
+        raise CheckpointError(f"the checkpoint does not fit the model: {odd[0]} is {where} ({len(odd)} such)")
+    with torch.no_grad():
+        for name, tensor in current.items():
+            if tensor.shape != saved[name].shape:
+                raise CheckpointError(f"{name} has shape {list(saved[name].shape)}, expected {list(tensor.shape)}")
+            tensor.copy_(saved[name])
