@@ -2,6 +2,8 @@
 
 import argparse
 
+from ultravox.cli.datasets import DEFAULT_CHAT_TEMPLATE, DEFAULT_LANGUAGE_MODEL
+
 HELP = "List the bundled datasets, or fetch some."
 
 
@@ -11,30 +13,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions.add_parser("list", help="show the bundled names", description="Show the bundled names.")
     fetch = actions.add_parser("fetch", help="fetch datasets", description="Fetch or make datasets, once.")
     fetch.add_argument("names", metavar="NAME", nargs="+", help="bundled names; `ultravox data list` shows them")
-    fetch.add_argument("--force", action="store_true", help="fetch again, even where the dataset is already there")
+    fetch.add_argument(
+        "--minutes", metavar="N", type=float, help="speech in synthetic-en, about (default: the quickstart's)"
+    )
+    fetch.add_argument(
+        "--language-model",
+        metavar="MODEL",
+        default=DEFAULT_LANGUAGE_MODEL,
+        help="who answers the requests of spoken-requests-en (default: %(default)s)",
+    )
+    fetch.add_argument(
+        "--chat-template",
+        metavar="NAME_OR_FILE",
+        default=DEFAULT_CHAT_TEMPLATE,
+        help="the chat template of the run that will train on the answers (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """List or fetch."""
+    from ultravox.cli.datasets import fetch_dataset
     from ultravox.cli.names import check_names, print_table
-    from ultravox.data.manifest import BUNDLED_DATASETS, read_dataset
+    from ultravox.data.bundled import DESCRIPTIONS
+    from ultravox.data.manifest import read_dataset
+    from ultravox.errors import UltravoxError
     from ultravox.files import ultravox_home
 
     if args.action == "fetch":
-        from ultravox.cli.datasets import fetch_dataset
-
-        check_names("dataset", args.names, BUNDLED_DATASETS)
+        if args.minutes is not None and not 0 < args.minutes <= 10_000:
+            raise UltravoxError(f"--minutes takes a number above 0 and up to 10000, got {args.minutes:g}")
+        check_names("dataset", args.names, DESCRIPTIONS)
         for name in args.names:
-            print(f"{name}: {fetch_dataset(name, force=args.force)}")
+            print(f"{name}: {fetch_dataset(name, args.minutes, args.language_model, args.chat_template)}")
         return 0
 
     rows = []
-    for name in BUNDLED_DATASETS:
+    for name, description in DESCRIPTIONS.items():
         if (ultravox_home() / "data" / name / "dataset.json").is_file():
             info = read_dataset(name)
             splits = ", ".join(f"{split} {part['num_clips']} clips" for split, part in info["splits"].items())
-            rows.append((name, splits, str(info["licence"])))
+            rows.append((name, splits, str(info["licence"]), description))
         else:
-            rows.append((name, "not fetched", ""))
-    print_table(("name", "splits", "licence"), rows)
+            rows.append((name, "not fetched", "", description))
+    print_table(("name", "splits", "licence", "what it is"), rows)
     return 0

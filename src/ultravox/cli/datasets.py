@@ -1,0 +1,49 @@
+"""Bundled datasets, whole: what the data layer makes, with the answers that a language model gives."""
+
+from pathlib import Path
+
+REQUESTS = "spoken-requests-en"
+DEFAULT_LANGUAGE_MODEL = "smollm2-135m-instruct"
+DEFAULT_CHAT_TEMPLATE = "chatml.jinja"
+# raise it when the way of answering changes: answers of another version are made anew
+ANSWER_VERSION = 1
+
+
+def fetch_dataset(
+    name: str,
+    minutes: float | None = None,
+    language_model: str = DEFAULT_LANGUAGE_MODEL,
+    chat_template: str = DEFAULT_CHAT_TEMPLATE,
+) -> Path:
+    """The folder of a bundled dataset, made on first use.
+
+    Args:
+        name: one of the bundled names.
+        minutes: of speech in ``synthetic-en``; None = its default.
+        language_model: who answers the requests of ``spoken-requests-en``.
+        chat_template: the template of the run that will train on those answers.
+    """
+    from ultravox.data import bundled
+
+    folder = bundled.fetch_dataset(name) if minutes is None else bundled.fetch_dataset(name, minutes)
+    if name == REQUESTS:
+        add_own_answers(folder, language_model, chat_template)
+    return folder
+
+
+def add_own_answers(folder: Path, language_model: str, chat_template: str) -> None:
+    """Have the language model answer the texts of a dataset, unless these are its answers already."""
+    from ultravox.data.synthesize import add_answers
+
+    def answer(texts: list[str]) -> list[str]:
+        from ultravox.inference.text import TextResponder
+        from ultravox.model.factory import load_language_model, load_tokenizer
+        from ultravox.packages import working
+
+        with working(f"{language_model} answers {len(texts)} requests"):
+            responder = TextResponder(
+                load_language_model(language_model), load_tokenizer(language_model, chat_template)
+            )
+            return responder(texts)
+
+    add_answers(folder, answer, f"{language_model}, {chat_template}, version {ANSWER_VERSION}")
