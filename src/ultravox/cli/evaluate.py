@@ -48,14 +48,11 @@ def run(args: argparse.Namespace) -> int:
 
     config = checkpoint.evaluation
     questions = args.questions or config.get("question_source")
+    options = {key: config[key] for key in ("batch_size", "max_new_tokens", "question_split", "num_bootstrap") if key in config}
+    if args.batch_size:
+        options["batch_size"] = args.batch_size
     settings = Settings(
-        batch_size=args.batch_size or config.get("batch_size", Settings.batch_size),
-        max_new_tokens=config.get("max_new_tokens", Settings.max_new_tokens),
-        limit=args.limit,
-        fast=args.fast,
-        questions=None if questions in (None, "none") else questions,
-        question_split=config.get("question_split", Settings.question_split),
-        num_bootstrap=config.get("num_bootstrap", Settings.num_bootstrap),
+        **options, limit=args.limit, fast=args.fast, questions=None if questions in (None, "none") else questions
     )
     source = args.data or config.get("source", "asterisk-en")
     split = args.split or config.get("split", "heldout")

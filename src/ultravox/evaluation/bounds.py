@@ -13,6 +13,8 @@ import torch
 from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE
 from ultravox.errors import ModelError
 from ultravox.evaluation.checkpoint import Checkpoint
+from ultravox.inference.generate import Decoding, generate_tokens
+from ultravox.model.factory import quiet_loading
 from ultravox.model.pretrained import resolve_model
 
 CASCADE_METHOD = (
@@ -41,7 +43,8 @@ class WhisperRecogniser:
 
         if AutoConfig.from_pretrained(folder).model_type != "whisper":
             raise ModelError(f"{folder} is no Whisper, so it has no decoder of its own")
-        self.model, info = WhisperForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        with quiet_loading():
+            self.model, info = WhisperForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
         if missing := [key for key in info["missing_keys"] if ".decoder." in key]:
             raise ModelError(f"{folder} has no decoder weights ({missing[0]} and {len(missing) - 1} more)")
         self.model.eval()
@@ -104,31 +107,28 @@ class TextReader:
 
     Args:
         model, processor: as ``load_model`` returns them.
-        prompt_ids: tokens of the whole prompt, with one audio placeholder and ending where the answer begins.
+        prompt: the rendered prompt, with one audio placeholder and ending where the answer begins.
     """
 
-    def __init__(self, model, processor, prompt_ids: Sequence[int], *, max_new_tokens: int):
-        self.model, self.tokenizer, self.prompt_ids = model, processor.tokenizer, list(prompt_ids)
-        self.max_new_tokens = max_new_tokens
+    def __init__(self, model, processor, prompt: str, *, max_new_tokens: int):
+        self.model, self.tokenizer, self.max_new_tokens = model, processor.tokenizer, max_new_tokens
+        self.prompt_ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """What the model writes after each prompt; one batch, padded on the left."""
+        audio_token = self.model.config.audio_token_index
         rows = [
-            splice_text(
-                self.prompt_ids,
-                self.tokenizer(text, add_special_tokens=False).input_ids,
-                self.model.config.audio_token_index,
-            )
+            splice_text(self.prompt_ids, self.tokenizer(text, add_special_tokens=False).input_ids, audio_token)
             for text in texts
         ]
         longest = max(map(len, rows))
-        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        device = next(self.model.parameters()).device
-        input_ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=device)
+        device = self.model.device
+        # What is padding is masked, so that any token will do there, but not the placeholder: it wants audio.
+        input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        ids = self.model.generate(
-            input_ids=input_ids, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False
-        )
-        new = ids[:, longest:] if ids.shape[1] > longest or torch.equal(ids[:, :longest], input_ids) else ids
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        written: list[list[int]] = [[] for _ in rows]
+        for step in generate_tokens(self.model, self.model.embed(input_ids), mask, Decoding(self.max_new_tokens)):
+            for row, token in step:
+                written[row].append(token)
+        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]

@@ -169,7 +169,7 @@ def _transcription(evaluation: _Evaluation) -> tuple[dict, list[dict], list[int]
         "controls": {name: described(name) for name in ("silence", "swapped")},
         "bounds": {
             "cascade": described("cascade") | {"method": CASCADE_METHOD},
-            "text": described("text") | {"method": TEXT_METHOD},
+            "text": described("text") | {"method": system.text_method or TEXT_METHOD},
         },
         "audio_use": audio_use(real, scores["swapped"], evaluation.no_partner),
         "batch_invariance": _batch_invariance(evaluation, hypotheses),

@@ -28,6 +28,8 @@ class System:
     """The encoder's own recogniser."""
     view_tokens: Callable[[np.ndarray], TokenView] | None = None
     prompt: str = ""
+    text_method: str = ""
+    """How ``transcribe_text`` puts its text to the model."""
     absent: dict[str, str] = field(default_factory=dict)
 
     def reason(self, name: str) -> str:

@@ -1,0 +1,42 @@
+"""A checkpoint as a ``System``: its model, its prompts, and the bounds that belong to it."""
+
+from functools import partial
+
+from ultravox.data.prompts import TRANSCRIBE_PROMPT, render_prompt, user_message
+from ultravox.evaluation.bounds import TEXT_METHOD, TextReader, find_recogniser
+from ultravox.evaluation.checkpoint import Checkpoint
+from ultravox.evaluation.system import System
+from ultravox.evaluation.token_view import token_view
+from ultravox.inference.generate import answer_batch, transcribe
+from ultravox.model.factory import load_model
+from ultravox.metrics.normalize import spoken_form
+
+
+def load_system(checkpoint: Checkpoint, *, batch_size: int, max_new_tokens: int) -> System:
+    """The functions that ``evaluate`` calls, for a saved model."""
+    model, processor = load_model(str(checkpoint.model))
+    model.eval()
+    prompt = render_prompt(processor.tokenizer, [user_message(TRANSCRIBE_PROMPT)])
+    question_prompt = render_prompt(processor.tokenizer, [user_message()])
+    recogniser, why_not = find_recogniser(checkpoint)
+    read = TextReader(model, processor, prompt, max_new_tokens=max_new_tokens)
+    # The bound is for perfect audio embeddings, and those stand for words in the style that the model was trained on.
+    spoken = (checkpoint.config.get("data") or {}).get("transcript_style") == "spoken"
+    return System(
+        transcribe=lambda waveforms: transcribe(
+            model, processor, waveforms, batch_size=batch_size, max_new_tokens=max_new_tokens
+        ),
+        transcribe_one=lambda waveforms: transcribe(
+            model, processor, waveforms, batch_size=1, max_new_tokens=max_new_tokens
+        ),
+        answer=lambda waveforms: answer_batch(
+            model, processor, waveforms, batch_size=batch_size, max_new_tokens=max_new_tokens
+        ),
+        transcribe_text=(lambda texts: read([spoken_form(text) for text in texts])) if spoken else read,
+        answer_text=TextReader(model, processor, question_prompt, max_new_tokens=max_new_tokens),
+        recognise=recogniser.transcribe if recogniser else None,
+        view_tokens=partial(token_view, model, processor),
+        prompt=prompt,
+        text_method=TEXT_METHOD + ("; words alone, in lower case, as in its training" if spoken else ""),
+        absent={"recognise": why_not} if why_not else {},
+    )
