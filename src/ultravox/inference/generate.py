@@ -1,6 +1,7 @@
 """Decoding: one loop for batches, streams and conversations."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import BatchFeature, DynamicCache
 
+from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.data.prompts import TRANSCRIBE_PROMPT, Message, render_prompt, user_message
 from ultravox.errors import DataError
 from ultravox.model.modeling import UltravoxModel
 from ultravox.model.processing import UltravoxProcessor
+
+
+#: Nobody speaks faster than this; a transcript that goes on past it has run away into repetition.
+TRANSCRIPT_TOKENS_PER_SECOND = 6.0
+TRANSCRIPT_EXTRA_TOKENS = 4
+
+
+def transcript_token_limit(num_samples: int) -> int:
+    """The most tokens that a transcript of so many samples can have."""
+    return TRANSCRIPT_EXTRA_TOKENS + math.ceil(num_samples / SAMPLE_RATE * TRANSCRIPT_TOKENS_PER_SECOND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +118,21 @@ def end_ids(model: UltravoxModel) -> list[int]:
     return list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [ids]
 
 
-def generate_texts(model: UltravoxModel, processor: UltravoxProcessor, batch: BatchFeature, decoding: Decoding) -> list[str]:
-    """Answers to a processed batch, in its order, stripped."""
+def generate_texts(
+    model: UltravoxModel,
+    processor: UltravoxProcessor,
+    batch: BatchFeature,
+    decoding: Decoding,
+    token_limits: Sequence[int] | None = None,
+) -> list[str]:
+    """Answers to a processed batch, in its order, stripped; none longer than its own limit, whoever shares the batch."""
     with torch.no_grad():
         embeddings = model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
     answers: list[list[int]] = [[] for _ in range(len(embeddings))]
     for step in generate_tokens(model, embeddings, batch["attention_mask"].to(model.device), decoding):
         for row, token in step:
-            answers[row].append(token)
+            if token_limits is None or len(answers[row]) < token_limits[row]:
+                answers[row].append(token)
     return [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
 
 
@@ -125,15 +144,21 @@ def answer_batch(
     prompt: str = "",
     batch_size: int = 8,
     max_new_tokens: int = 256,
+    token_limit: Callable[[int], int] | None = None,
 ) -> list[str]:
-    """Answer each waveform [sample], greedily, with the same text after it. The result is in the order given."""
+    """Answer each waveform [sample], greedily, with the same text after it. The result is in the order given.
+
+    `token_limit` says how many tokens an answer to so many samples may have, where that is less than `max_new_tokens`.
+    """
     text = render_prompt(processor.tokenizer, [user_message(prompt)])
     order = sorted(range(len(waveforms)), key=lambda index: -len(waveforms[index]))  # memory peaks in the first batch
     texts = [""] * len(waveforms)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = processor(text=[text] * len(chosen), audio=[waveforms[index] for index in chosen])
-        answers = generate_texts(model, processor, batch, Decoding(max_new_tokens))
+        limits = [token_limit(len(waveforms[index])) for index in chosen] if token_limit else None
+        decoding = Decoding(min(max_new_tokens, max(limits)) if limits else max_new_tokens)
+        answers = generate_texts(model, processor, batch, decoding, limits)
         for index, answer in zip(chosen, answers, strict=True):
             texts[index] = answer
     return texts
@@ -147,7 +172,10 @@ def transcribe(
     batch_size: int = 8,
     max_new_tokens: int = 256,
 ) -> list[str]:
-    """Write down what is said in each waveform [sample]; clips of like length go together, the order is kept."""
+    """Write down what is said in each waveform [sample]; clips of like length go together, the order is kept.
+
+    A transcript ends at the latest where nobody could have spoken more: see `transcript_token_limit`.
+    """
     return answer_batch(
         model,
         processor,
@@ -155,6 +183,7 @@ def transcribe(
         prompt=TRANSCRIBE_PROMPT,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        token_limit=transcript_token_limit,
     )
 
 
