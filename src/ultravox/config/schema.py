@@ -114,7 +114,7 @@ class DataConfig(Section):
     )
     transcript_style: Literal["written", "spoken"] = Field(
         "written",
-        description='what the model learns to write down: the text as it stands, or "spoken" = words alone, in lower case',
+        description='what the model learns to write: the text as it stands, or "spoken" = words alone, in lower case',
     )
     min_audio_seconds: float = Field(0.1, ge=0, description="shorter clips are left out")
     max_audio_seconds: float = Field(30.0, gt=0, le=600, description="longer clips are left out")
