@@ -39,6 +39,7 @@ def short_config(parts, run_dir, steps=(7, 10), **stage_changes):
     config = tiny_config(*parts, run_dir).model_dump(mode="json")
     for stage, count in zip(config["stages"], steps, strict=True):
         stage["max_steps"] = count
+        stage["optim"]["warmup_steps"] = min(3, count)
         stage.update(stage_changes)
     return type(tiny_config(*parts, run_dir)).model_validate(config)
 

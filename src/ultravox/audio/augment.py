@@ -44,7 +44,7 @@ def augment_frames(
     if noise_std > 0:
         keep = (torch.arange(num_frames) < lengths[:, None])[:, :, None]
         noise = torch.randn(frames.shape, generator=generator, dtype=frames.dtype)
-        power = (frames.square() * keep).sum((1, 2), keepdim=True) / (lengths[:, None, None] * num_channels)
+        power = (frames.detach().square() * keep).sum((1, 2), keepdim=True) / (lengths[:, None, None] * num_channels)
         frames.add_(noise * keep * (power.sqrt() * noise_std))
     if time_masks > 0 and max_time_mask_frames > 0:
         widest = torch.minimum(torch.tensor(float(max_time_mask_frames)), lengths * max_time_mask_share / time_masks)

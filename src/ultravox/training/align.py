@@ -49,12 +49,12 @@ class AlignTask(SpeechTask):
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=True)
         targets = [self._targets[id(example)] for example in batch.examples]
         target_lengths = torch.tensor([len(target) for target in targets])
-        total, ctc, count = self.alignment.loss(embeddings, token_lengths, torch.cat(targets), target_lengths)
+        total, ctc, count = self.alignment.loss(embeddings.float(), token_lengths, torch.cat(targets), target_lengths)
         num_tokens = int(token_lengths.sum())
         return LossOutput(total, float(count), batch.audio_seconds, num_tokens, {"ctc": ctc.item()})
 
     def transcribe(self, examples: list[Example]) -> list[str]:
         """Greedy CTC decoding."""
         embeddings, token_lengths = self.audio_embeddings(self.load(examples, [0] * len(examples)), augmented=False)
-        decoded: list[list[int]] = self.alignment.decode(embeddings, token_lengths)
+        decoded: list[list[int]] = self.alignment.decode(embeddings.float(), token_lengths)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in decoded]

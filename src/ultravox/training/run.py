@@ -21,6 +21,7 @@ from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file
 from ultravox.model.factory import build_model, build_processor, save_model
+from ultravox.model.kernels import register_attention, use_fast_linears
 from ultravox.model.pretrained import resolve_model
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
@@ -90,10 +91,11 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
         if not resume:
             _clear(run_dir)
         start = checkpoints.load_checkpoint(found[-1]) if resume and found else None
+        bases = base_models(config)
         if start is not None:
             saved, current = start.state["config"], _deciding_keys(config)
             checkpoints.require_same(saved, current, "the configuration", found[-1])
-            checkpoints.require_same(start.state["base_models"], base_models(config), "a base model", found[-1])
+            checkpoints.require_same(start.state["base_models"], bases, "a base model", found[-1])
         atomic_write(run_dir / "config.yaml", dump_config(config))
 
         # 2. The model; its fresh weights are a function of the seed
@@ -101,6 +103,7 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
         seed_everything(config.seed, "model")
         processor = build_processor(config.model)
         model = build_model(config.model)
+        use_fast_kernels(model)
 
         # 3. The data: clips, tokens, features of the frozen encoder
         data = prepare_speech(config, model, processor)
@@ -117,7 +120,7 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
-                context = _Stage(config, stage, model, processor, data, run, begin, stop)
+                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop)
                 _run_stage(context, start if index == first else None)
 
         # 5. The model as others read it, then the summary, which says that the run is whole
@@ -138,6 +141,7 @@ class _Stage:
     processor: Any
     data: SpeechData
     run: RunState
+    base_models: dict[str, dict[str, str]]
     begin: float
     stop: StopRequest
 
@@ -182,7 +186,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
             "random": checkpoints.random_state(),
             "config": _deciding_keys(config),
             "config_sha256": hashlib.sha256(json.dumps(_deciding_keys(config), sort_keys=True).encode()).hexdigest(),
-            "base_models": base_models(config),
+            "base_models": context.base_models,
             "data": context.data.fingerprints,
             "run": {
                 "seconds": seconds,
@@ -290,6 +294,15 @@ def seed_everything(seed: int, purpose: str) -> None:
     torch.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
+
+
+def use_fast_kernels(model: Any) -> None:
+    """Linear layers and attention as a CPU likes them; the same numbers up to rounding."""
+    dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
+    if model.device.type == "cpu" and model.dtype == torch.float32:
+        use_fast_linears(model)
+        if not dropout:
+            model.language_model.set_attn_implementation(register_attention())
 
 
 def base_models(config: RunConfig) -> dict[str, dict[str, str]]:
