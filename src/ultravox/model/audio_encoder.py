@@ -39,9 +39,13 @@ class AudioEncoder(nn.Module, abc.ABC):
         """What `forward` takes, of one window [sample] of at most 30 s."""
         return self.feature_extractor(waveform)
 
-    @abc.abstractmethod
     def output_length(self, num_samples: int) -> int:
         """Frames of a window of `num_samples`."""
+        return int(self.frame_lengths(torch.tensor([self.feature_extractor.length(num_samples)])))
+
+    @abc.abstractmethod
+    def frame_lengths(self, feature_lengths: Int[Tensor, " clip"]) -> Int[Tensor, " clip"]:
+        """Frames of features of these lengths."""
 
     @abc.abstractmethod
     def forward(
@@ -60,9 +64,9 @@ class WhisperAudioEncoder(AudioEncoder, WhisperEncoder):
         self.hidden_size = config.d_model
         self.feature_extractor = LogMel(config.num_mel_bins)
 
-    def output_length(self, num_samples: int) -> int:
+    def frame_lengths(self, feature_lengths: Int[Tensor, " clip"]) -> Int[Tensor, " clip"]:
         """Half the mel frames, rounded up."""
-        return num_encoder_frames(self.feature_extractor.length(num_samples))
+        return num_encoder_frames(feature_lengths)
 
     def forward(
         self, features: Float[Tensor, "clip channel time"], feature_lengths: Int[Tensor, " clip"], **_: Any
@@ -83,7 +87,7 @@ class WhisperAudioEncoder(AudioEncoder, WhisperEncoder):
         hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
         hidden = F.dropout(hidden, p=self.dropout, training=self.training)
 
-        frame_lengths = num_encoder_frames(feature_lengths)
+        frame_lengths = self.frame_lengths(feature_lengths)
         mask = length_mask(frame_lengths, hidden.shape[1])
         # [clip, 1, 1, frame] is broadcast inside SDPA; without padding its kernels run without any mask
         attention_mask = mask[:, None, None, :] if is_padded else None
@@ -119,9 +123,10 @@ class WaveformAudioEncoder(AudioEncoder):
         # A group norm over time sees the padding of the whole clip, so such encoders run clip by clip.
         self.runs_one_by_one = config.feat_extract_norm == "group"
 
-    def output_length(self, num_samples: int) -> int:
+    def frame_lengths(self, feature_lengths: Int[Tensor, " clip"]) -> Int[Tensor, " clip"]:
         """Frames that the convolutions leave."""
-        return num_convolution_frames(num_samples, self.layers)
+        lengths = [num_convolution_frames(length, self.layers) for length in feature_lengths.tolist()]
+        return torch.tensor(lengths, device=feature_lengths.device)
 
     def forward(
         self, features: Float[Tensor, "clip channel time"], feature_lengths: Int[Tensor, " clip"]
@@ -131,10 +136,9 @@ class WaveformAudioEncoder(AudioEncoder):
         Raises:
             AudioError: a clip too short for the convolutions.
         """
-        lengths = [self.output_length(length) for length in feature_lengths.tolist()]
-        if min(lengths) < 1:
+        frame_lengths = self.frame_lengths(feature_lengths)
+        if int(frame_lengths.min()) < 1:
             raise AudioError(f"{int(feature_lengths.min())} samples are too few for this audio encoder")
-        frame_lengths = torch.tensor(lengths, device=feature_lengths.device)
         samples = features[:, 0].to(self.encoder.dtype)
         if bool((feature_lengths == samples.shape[1]).all()):
             return self.encoder(samples).last_hidden_state, frame_lengths

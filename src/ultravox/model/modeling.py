@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ultravox.audio.lengths import num_audio_tokens, num_encoder_frames
+from ultravox.audio.lengths import num_audio_tokens
 from ultravox.errors import DataError
 from ultravox.model.adapters import lora_layers, merged_lora
 from ultravox.model.audio_encoder import AudioEncoder, encoder_from_config
@@ -239,20 +239,23 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         )
         inputs.pop("audio_num_chunks", None)
         if is_first_iteration and audio["audio_values"] is not None:
-            cached = input_ids.shape[1] - (next_sequence_length or input_ids.shape[1])
-            first = self._first_new_clip(input_ids[:, :cached], audio["audio_lens"])
+            first = 0
+            if next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
+                first = self._num_cached_clips(input_ids[:, -next_sequence_length:], audio)
             inputs |= {name: audio[name][first:] for name in _AUDIO_INPUTS if audio[name] is not None}
         return inputs
 
-    def _first_new_clip(self, cached_ids: Tensor, audio_lens: Tensor) -> int:
-        """How many of the clips are in the cache already: those that fill the cached part's placeholders."""
-        remaining = int((cached_ids == self.config.audio_token_index).sum())
-        if remaining and len(cached_ids) > 1:
-            raise DataError("a prompt with cached audio cannot be continued in a batch: give the new tokens' audio only")
-        lengths = num_audio_tokens(num_encoder_frames(audio_lens), self.config.stack_factor).tolist()
+    def _num_cached_clips(self, new_ids: Tensor, audio: dict[str, Tensor | None]) -> int:
+        """How many of the clips belong to tokens in the cache: the first ones, if there are more than new places."""
+        lengths = audio["audio_token_len"]
+        if lengths is None:
+            lengths = num_audio_tokens(self.audio_tower.frame_lengths(audio["audio_lens"]), self.config.stack_factor)
+        surplus = int(lengths.sum()) - int((new_ids == self.config.audio_token_index).sum())
+        if surplus > 0 and len(new_ids) > 1:
+            raise DataError("in a batch, a prompt that is partly cached takes the audio of its new tokens only")
         clip = 0
-        while remaining > 0 and clip < len(lengths):
-            remaining -= lengths[clip]
+        while surplus > 0:
+            surplus -= int(lengths[clip])
             clip += 1
         return clip
 

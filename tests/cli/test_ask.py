@@ -1,0 +1,80 @@
+"""ask, transcribe and chat, as they are called in a terminal."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from ultravox.audio.waveform import write_waveform
+from ultravox.cli.main import main
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Two short files."""
+    paths = []
+    for index in range(2):
+        path = tmp_path / f"clip{index}.flac"
+        write_waveform(path, (0.3 * np.sin(np.arange(8000) * (0.02 + 0.1 * index))).astype(np.float32))
+        paths.append(str(path))
+    return paths
+
+
+def test_ask(tiny_checkpoint, clips, capsys):
+    words = ["ask", str(tiny_checkpoint), "--audio", *clips, "--prompt", "What?", "--max-new-tokens", "5"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert first.endswith("\n")
+    assert main(words) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_transcribe_text_and_json(tiny_checkpoint, clips, capsys):
+    words = ["transcribe", str(tiny_checkpoint), *clips, "--max-new-tokens", "5"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out
+    assert all(path in lines for path in clips)
+    assert main([*words, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["file"] for row in rows] == clips
+    assert rows[0].keys() == {"version", "file", "seconds", "text"}
+    assert rows[0]["seconds"] == 0.5
+
+
+def test_chat(tiny_checkpoint, clips, capsys, monkeypatch):
+    script = f"/help\nHello\n/audio {clips[0]}\nWhat was that?\n/reset\n/audio {clips[1]}\n\n/quit\nnever read\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(script))
+    assert main(["chat", str(tiny_checkpoint), "--max-new-tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert "/audio FILE" in captured.out
+    assert f"{clips[0]}: 0.5 s" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ask", "CHECKPOINT", "--audio", "missing.wav"], "missing.wav does not exist"),
+        (["ask", "CHECKPOINT"], "nothing to ask"),
+        (["ask", "CHECKPOINT", "--audio", "CLIP", "--prompt", "<|audio|><|audio|>"], "2 <|audio|> placeholders, 1 audio"),
+        (["ask", "nowhere", "--audio", "CLIP"], "no checkpoint nowhere"),
+        (["transcribe", "CHECKPOINT", "CLIP", "TEXT"], "is not audio"),
+        (["transcribe", "CHECKPOINT", "CLIP", "--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_errors_are_one_line_and_code_2(tiny_checkpoint, clips, capsys, tmp_path, words, message):
+    (tmp_path / "text.wav").write_text("not audio at all " * 50)
+    names = {"CHECKPOINT": str(tiny_checkpoint), "CLIP": clips[0], "TEXT": str(tmp_path / "text.wav")}
+    assert main([names.get(word, word) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("ultravox: error: ")
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("line", ["/audio missing.wav", "/unknown"])
+def test_chat_scripts_stop_at_an_error(tiny_checkpoint, capsys, monkeypatch, line):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\n"))
+    assert main(["chat", str(tiny_checkpoint)]) == 2
+    assert "ultravox: error: " in capsys.readouterr().err
