@@ -12,7 +12,7 @@ from ultravox.data.manifest import Clip, load_clips, write_dataset
 from ultravox.evaluation.system import System
 from ultravox.evaluation.token_view import TokenView
 
-ATTACK = "<script>alert(1)</script> & \"quoted\""
+ATTACK = '<script>alert(1)</script> & "quoted"'
 TEXTS = [
     "please hold the line",
     "press one for sales",

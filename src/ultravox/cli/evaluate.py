@@ -5,23 +5,29 @@ from pathlib import Path
 from typing import Any
 
 HELP = (
-    "Measure a checkpoint on held-out speech: word and character error rate with 95%% intervals, silence and swapped audio "
-    "as controls, the encoder's own recogniser and the transcript as text as bounds, spoken questions. Writes "
+    "Measure a checkpoint on held-out speech: word and character error rate with intervals; silence and swapped audio "
+    "as controls; the encoder's own recogniser and the transcript as text as bounds; spoken questions. Writes "
     "results.json, predictions.jsonl and report.html."
-).replace("%%", "%")
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything but the checkpoint has a default, from the run's config where there is one."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder, its model/, or a saved model folder")
-    parser.add_argument("--data", metavar="NAME_OR_PATH", help="dataset, folder or .jsonl (default: the run's; else asterisk-en)")
+    parser.add_argument(
+        "--data", metavar="NAME_OR_PATH", help="dataset, folder or .jsonl (default: the run's; else asterisk-en)"
+    )
     parser.add_argument("--split", metavar="NAME", help="split of the dataset (default: the run's; else heldout)")
     parser.add_argument(
-        "--questions", metavar="NAME_OR_PATH", help="dataset of spoken questions, or none (default: the run's; else none)"
+        "--questions",
+        metavar="NAME_OR_PATH",
+        help="dataset of spoken questions, or none (default: the run's; else none)",
     )
     parser.add_argument("--limit", metavar="N", type=_positive, help="at most N clips and N questions, evenly spread")
     parser.add_argument("--fast", action="store_true", help="a first look: 32 clips, 16 questions, no bounds")
-    parser.add_argument("--batch-size", metavar="N", type=_positive, help="clips decoded at once (default: the run's; else 16)")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=_positive, help="clips decoded at once (default: the run's; else 16)"
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, help="folder for the results (default: the run folder)")
 
 
@@ -48,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = checkpoint.evaluation
     questions = args.questions or config.get("question_source")
-    options = {key: config[key] for key in ("batch_size", "max_new_tokens", "question_split", "num_bootstrap") if key in config}
+    options = {
+        key: config[key] for key in ("batch_size", "max_new_tokens", "question_split", "num_bootstrap") if key in config
+    }
     if args.batch_size:
         options["batch_size"] = args.batch_size
     settings = Settings(

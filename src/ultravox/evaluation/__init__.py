@@ -1,1 +1,1 @@
-"""What a checkpoint can do, measured: error rates with intervals, controls, bounds, spoken questions, and the report."""
+"""What a checkpoint can do, measured: error rates with intervals, controls, bounds, spoken questions, a report."""

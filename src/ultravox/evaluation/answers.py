@@ -1,8 +1,8 @@
 """Spoken questions: does the model answer what was said as its language model answers the text?
 
-The reference is what the base language model itself answered to the text (continuation). Whether two answers mean the same
-is decided by a rule that anyone can apply by hand, not by a judge; it is blind to word order and to most negations, so the
-same share with swapped audio stands beside it: that is what the rule gives for answers to another question.
+The reference is what the base language model itself answered to the text (continuation). Whether two answers mean the
+same is decided by a rule that anyone can apply by hand, not by a judge. It is blind to word order and to most
+negations, so the same share with swapped audio stands beside it: what the rule gives for answers to another question.
 """
 
 from collections import Counter
@@ -16,17 +16,17 @@ MAX_KEY_WORDS = 3
 
 # Function words that carry no answer. "yes", "no" and "not" are left in: they are answers.
 STOP_WORDS = frozenset(
-    "a about an and any are as at be been being but by can could did do does for from had has have he her here him his how "
-    "i if in into is it its just let may me might more most my of on or our out shall she should so some such than that the "
-    "their them then there these they this those to too up us very was we were what when where which while who whom whose "
-    "why will with would you your am also".split()
+    "a about also am an and any are as at be been being but by can could did do does for from had has have he her "
+    "here him his how i if in into is it its just let may me might more most my of on or our out shall she should "
+    "so some such than that the their them then there these they this those to too up us very was we were what "
+    "when where which while who whom whose why will with would you your".split()
 )
 
 RULE = (
-    "Both texts are normalised (see normaliser) and function words are dropped; the rest are content words. An answer equals "
-    "the reference when (1) the normalised texts are the same; or (2) the reference has at most "
-    f"{MAX_KEY_WORDS} different content words and the answer contains all of them; or (3) the F1 of the two bags of content "
-    f"words is at least {F1_THRESHOLD}. A text that begins with yes never equals one that begins with no."
+    "Both texts are normalised (see normaliser) and function words are dropped; the rest are content words. An answer "
+    "equals the reference when (1) the normalised texts are the same; or (2) the reference has at most "
+    f"{MAX_KEY_WORDS} different content words and the answer contains all of them; or (3) the F1 of the two bags of "
+    f"content words is at least {F1_THRESHOLD}. A text that begins with yes never equals one that begins with no."
 )
 
 
@@ -64,8 +64,8 @@ def score_answers(
 
     Args:
         references: the base language model's answers to the texts.
-        answers: "audio" is scored; beside it "swapped", "text" (the question as text: upper bound) and "cascade" (Whisper's
-            text). A string in place of a list is the reason why that one is absent.
+        answers: "audio" is scored; beside it "swapped", "text" (the question as text: upper bound) and "cascade"
+            (Whisper's text). A string in place of a list is the reason why that one is absent.
 
     Returns:
         the ``answers`` object of results.json, and for each kind whether each answer is equal.

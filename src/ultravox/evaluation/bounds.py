@@ -11,19 +11,19 @@ import numpy as np
 import torch
 
 from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE
-from ultravox.errors import ModelError
+from ultravox.errors import ModelError, UltravoxError
 from ultravox.evaluation.checkpoint import Checkpoint
 from ultravox.inference.generate import Decoding, generate_tokens
 from ultravox.model.factory import quiet_loading
 from ultravox.model.pretrained import resolve_model
 
 CASCADE_METHOD = (
-    "the audio encoder's own pretrained Whisper decoder, greedy; each clip padded to 30 s as Whisper expects, longer clips in "
-    "consecutive 30 s windows whose texts are joined"
+    "the audio encoder's own pretrained Whisper decoder, greedy; each clip padded to 30 s as Whisper expects, longer "
+    "clips in consecutive 30 s windows whose texts are joined"
 )
 TEXT_METHOD = (
-    "the checkpoint's language model (its adapters included) gets the same prompt, with the tokens of the transcript in the "
-    "place of the audio tokens; greedy"
+    "the checkpoint's language model (its adapters included) gets the same prompt, with the tokens of the transcript "
+    "in the place of the audio tokens; greedy"
 )
 MAX_CASCADE_TOKENS = 128  # per 30 s window; speech has 2-4 words a second, and a loop must end
 
@@ -49,6 +49,9 @@ class WhisperRecogniser:
             raise ModelError(f"{folder} has no decoder weights ({missing[0]} and {len(missing) - 1} more)")
         self.model.eval()
         self.processor = WhisperProcessor.from_pretrained(folder)
+        if len(self.processor.tokenizer) < 0.9 * self.model.config.vocab_size:
+            # transformers makes up an empty tokenizer where there is none: every text would be "", and the bound 100%
+            raise ModelError(f"{folder} has no tokenizer for its decoder")
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
         self._language = {"language": "en", "task": "transcribe"} if multilingual else {}
 
@@ -90,8 +93,8 @@ def find_recogniser(checkpoint: Checkpoint) -> tuple[WhisperRecogniser | None, s
         return None, "no run config beside the checkpoint says which pretrained Whisper its encoder comes from"
     try:
         return WhisperRecogniser(resolve_model(name)), ""
-    except (ModelError, OSError, ValueError) as error:
-        return None, f"{name}: {str(error).splitlines()[0]}"
+    except (UltravoxError, OSError, ValueError, TypeError, KeyError) as error:  # transformers raises all of these
+        return None, f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def splice_text(prompt_ids: Sequence[int], text_ids: Sequence[int], audio_token_index: int) -> list[int]:

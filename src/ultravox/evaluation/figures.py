@@ -1,7 +1,7 @@
 """The report's charts as inline SVG. Colours come from the page's CSS variables, so that they follow light and dark.
 
-Each chart is drawn for a stated width in CSS pixels; the page shows the narrow drawing on a phone instead of shrinking the
-wide one until nobody can read it.
+Each chart is drawn for a stated width in CSS pixels; the page shows the narrow drawing on a phone instead of shrinking
+the wide one until nobody can read it.
 """
 
 import json
@@ -16,7 +16,7 @@ MAX_AXIS = 1.5  # rates beyond 150% are drawn as an arrow at the edge: a babblin
 
 @dataclass(frozen=True, slots=True)
 class IntervalRow:
-    """One line of an interval chart. ``value`` None draws the reason in place of a dot. ``role``: model, control, bound."""
+    """One line of an interval chart; ``value`` None draws no dot. ``role``: model, control or bound."""
 
     label: str
     value: float | None
@@ -89,7 +89,8 @@ def interval_chart(rows: Sequence[IntervalRow], *, width: int, title: str) -> Ma
         tooltip = f"<title>{escape(f'{row.label}: {value_text}')}</title>"
         low, high = row.interval or (row.value, row.value)
         body.append(
-            f'<g class="mark {row.role}">{tooltip}<line x1="{place(low):.1f}" x2="{place(high):.1f}" y1="{y}" y2="{y}"/>'
+            f'<g class="mark {row.role}">{tooltip}'
+            f'<line x1="{place(low):.1f}" x2="{place(high):.1f}" y1="{y}" y2="{y}"/>'
         )
         if row.value > limit:
             body.append(f'<path d="M{right - 8} {y - 6} L{right} {y} L{right - 8} {y + 6}"/></g>')
@@ -105,7 +106,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
         for base in (1, 2, 5)
     ]
     inside = [tick for tick in ticks if low <= tick <= high]
-    return inside if len(inside) <= 8 else [t for t in inside if math.isclose(math.log10(t) % 1, 0, abs_tol=1e-9)] or inside
+    decades = [tick for tick in inside if math.isclose(math.log10(tick) % 1, 0, abs_tol=1e-9)]
+    return inside if len(inside) <= 8 else decades or inside
 
 
 def _nice_step(span: float, target: int) -> float:
@@ -160,7 +162,9 @@ def line_chart(
     x_step = _nice_step(end, 4 if width < 600 else 8)
     for index in range(int(end / x_step + 1e-9) + 1):
         label = f"{index * x_step:g}" + (" min" if index == 0 else "")
-        body.append(_text(place_x(index * x_step), bottom + 18, label, kind="tick", anchor="middle" if index else "start"))
+        body.append(
+            _text(place_x(index * x_step), bottom + 18, label, kind="tick", anchor="middle" if index else "start")
+        )
     names = [name for name, _, _ in stages]
     points = []
     for line in series:
@@ -176,7 +180,9 @@ def line_chart(
     return _svg(width, height, body, title, hover)
 
 
-def token_chart(picture_uri: str, frames: int, tokens: Sequence[str], cosines: Sequence[float], seconds: float) -> Markup:
+def token_chart(
+    picture_uri: str, frames: int, tokens: Sequence[str], cosines: Sequence[float], seconds: float
+) -> Markup:
     """A log-mel picture with, under it, the nearest text token of every audio token; 22 px for each audio token.
 
     Args:
@@ -186,9 +192,7 @@ def token_chart(picture_uri: str, frames: int, tokens: Sequence[str], cosines: S
     cell, mel_height, text_height = 22, 120, 92
     width = max(1, len(tokens)) * cell
     shown = frames / 100 / seconds * cell  # the picture's width: the last token may reach past the end of the clip
-    body = [
-        f'<image href="{picture_uri}" x="0" y="0" width="{shown:.1f}" height="{mel_height}" preserveAspectRatio="none"/>'
-    ]
+    body = [f'<image href="{picture_uri}" width="{shown:.1f}" height="{mel_height}" preserveAspectRatio="none"/>']
     for second in range(int(frames / 100) + 1):
         x = second / seconds * cell
         body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{mel_height}" y2="{mel_height + 6}" class="axis"/>')
@@ -199,7 +203,8 @@ def token_chart(picture_uri: str, frames: int, tokens: Sequence[str], cosines: S
         tooltip = f"audio token {index}, {index * seconds:.1f} s: “{token}”, cosine {cosine:.2f}"
         body.append(
             f'<g class="cell"><title>{escape(tooltip)}</title>'
-            f'<rect x="{x}" y="{top}" width="{cell - 1}" height="{text_height}" style="fill-opacity:{0.06 + 0.5 * strength:.2f}"/>'
+            f'<rect x="{x}" y="{top}" width="{cell - 1}" height="{text_height}" '
+            f'style="fill-opacity:{0.06 + 0.5 * strength:.2f}"/>'
             f'<text transform="translate({x + cell / 2 + 4:.1f} {top + text_height - 5}) rotate(-90)" '
             f'style="opacity:{0.35 + 0.65 * strength:.2f}">{escape(token.strip()[:13] or "·")}</text></g>'
         )

@@ -8,8 +8,8 @@ from ultravox.evaluation.checkpoint import Checkpoint
 from ultravox.evaluation.system import System
 from ultravox.evaluation.token_view import token_view
 from ultravox.inference.generate import answer_batch, transcribe
-from ultravox.model.factory import load_model
 from ultravox.metrics.normalize import spoken_form
+from ultravox.model.factory import load_model
 
 
 def load_system(checkpoint: Checkpoint, *, batch_size: int, max_new_tokens: int) -> System:

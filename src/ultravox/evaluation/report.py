@@ -173,12 +173,12 @@ def render(folder: Path, results: dict, predictions: list[dict], run: Path | Non
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
     rows, answers = _score_rows(results), results["answers"]
     question_sound = _Sound.of(answers, QUESTION_AUDIO_BUDGET)
-    questions = [
-        row | {"audio_uri": question_sound.uri(row["id"])} for row in predictions if row["kind"] == "answer"
-    ]
+    questions = [row | {"audio_uri": question_sound.uri(row["id"])} for row in predictions if row["kind"] == "answer"]
     clips = _clip_rows(predictions, sound)
     charts = {
-        "scores": _both_widths(lambda w: interval_chart(rows, width=w, title="Word error rate with its bounds and controls")),
+        "scores": _both_widths(
+            lambda w: interval_chart(rows, width=w, title="Word error rate with its bounds and controls")
+        ),
         "answers": ""
         if answers.get("share") is None
         else _both_widths(

@@ -1,7 +1,7 @@
 """One evaluation, from a checkpoint to ``results.json``: score, controls, bounds, spoken questions.
 
 Beside it stand ``predictions.jsonl`` with every raw text and ``alignment.json`` with the token views of a few clips;
-``ultravox.evaluation.report`` turns the three into a page. ``results.json`` is written last: where it is, the rest is too.
+``ultravox.evaluation.report`` turns the three into a page. ``results.json`` is written last: where it is, the rest is.
 """
 
 import json
@@ -81,9 +81,11 @@ class _Evaluation:
     def __init__(self, system: System, clips: list[Clip], settings: Settings, progress: Progress):
         self.system, self.clips, self.settings, self.progress = system, clips, settings, progress
         self.references = [clip.text for clip in clips]
-        self.bootstrap = Bootstrap(tuple(clip.speaker for clip in clips), settings.num_bootstrap, settings.seed)
+        voices = tuple(clip.speaker.partition("@")[0] for clip in clips)  # one synthetic voice at several speeds is one
+        self.bootstrap = Bootstrap(voices, settings.num_bootstrap, settings.seed)
+        # Two questions with one answer are no control for each other.
+        keys = [normalize_english(clip.text if clip.answer is None else clip.answer) for clip in clips]
         try:
-            keys = [normalize_english(text) for text in self.references]
             self.partner: list[int] | None = derangement(keys, settings.seed)
             self.no_partner = ""
         except DataError as error:
@@ -201,9 +203,6 @@ def _batch_invariance(evaluation: _Evaluation, hypotheses: Sequence[str]) -> dic
 def _questions(evaluation: _Evaluation) -> tuple[dict, list[dict]]:
     """The ``answers`` object of results.json and its rows of predictions.jsonl."""
     clips, system = evaluation.clips, evaluation.system
-    for clip in clips:
-        if clip.answer is None:
-            raise DataError(f"clip {clip.id} has no answer: spoken questions need the language model's own answer")
     given: dict[str, list[str] | str] = {
         "audio": evaluation.from_audio(system.answer, "spoken questions"),
         "swapped": evaluation.swapped(system.answer, "questions: swapped audio"),
@@ -229,6 +228,20 @@ def _questions(evaluation: _Evaluation) -> tuple[dict, list[dict]]:
         row["swapped_id"] = clips[evaluation.partner[index]].id if evaluation.partner else None
         rows.append(row)
     return results, rows
+
+
+def _load_questions(settings: Settings) -> list[Clip]:
+    """The spoken questions to ask, none where no dataset is named. DataError when one of them has no answer."""
+    if settings.questions is None:
+        return []
+    clips = load_clips(settings.questions, settings.question_split)
+    for clip in clips:
+        if clip.answer is None:
+            raise DataError(
+                f"{settings.questions}, clip {clip.id} has no answer: spoken questions need the language model's own "
+                "answer to their text; fetch the dataset again, or use --questions none"
+            )
+    return evenly_spread(clips, settings.clip_limit(FAST_QUESTIONS))
 
 
 def _token_views(evaluation: _Evaluation, errors: Sequence[int]) -> dict:
@@ -257,6 +270,27 @@ def attribution(source: str, clips: Sequence[Clip]) -> dict[str, str]:
         licences = sorted({clip.licence for clip in clips if clip.licence})
         return {"name": path.name, "licence": ", ".join(licences) or "licence not stated", "attribution": ""}
     return {key: str(info.get(key, "")) for key in ("name", "licence", "attribution")}
+
+
+def _provenance(checkpoint: Checkpoint, settings: Settings, system: System, command: str) -> dict[str, Any]:
+    """What was measured and how: everything in results.json that is no measurement of this evaluation."""
+    return {
+        "version": RESULTS_VERSION,
+        "ultravox_version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "checkpoint": identity(checkpoint),
+        "train_seconds": checkpoint.train.get("train_seconds"),
+        "peak_memory_bytes": checkpoint.train.get("peak_memory_bytes"),
+        "fast": settings.fast,
+        "normaliser": normaliser_identity(),
+        "generation": {
+            "decoding": "greedy",
+            "batch_size": settings.batch_size,
+            "max_new_tokens": settings.max_new_tokens,
+            "prompt": system.prompt,
+        },
+    }
 
 
 def peak_memory_bytes() -> int:
@@ -294,10 +328,7 @@ def evaluate(
     found = find_checkpoint(checkpoint)
     all_clips = load_clips(source, split)
     clips = evenly_spread(all_clips, settings.clip_limit(FAST_CLIPS))
-    questions: list[Clip] = []
-    if settings.questions is not None:
-        asked = load_clips(settings.questions, settings.question_split)
-        questions = evenly_spread(asked, settings.clip_limit(FAST_QUESTIONS))
+    questions = _load_questions(settings)
     if system is None:
         from ultravox.evaluation.loading import load_system
 
@@ -320,10 +351,7 @@ def evaluate(
     if settings.questions is not None:
         sources.append(attribution(settings.questions, questions))
     results = {
-        "version": RESULTS_VERSION,
-        "ultravox_version": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoint": identity(found),
+        **_provenance(found, settings, system, command),
         "data": {
             "source": source,
             "split": split,
@@ -332,23 +360,12 @@ def evaluate(
             "limit": len(clips) if len(clips) < len(all_clips) else None,
             "seconds": round(sum(clip.duration for clip in clips), 3),
         },
-        "fast": settings.fast,
         **results,
         "answers": answers,
-        "train_seconds": found.train.get("train_seconds"),
-        "peak_memory_bytes": found.train.get("peak_memory_bytes"),
+        "bootstrap": evaluation.bootstrap.as_dict(),
+        "attributions": sources,
         "evaluation_seconds": time.monotonic() - begin,
         "evaluation_peak_memory_bytes": peak_memory_bytes(),
-        "normaliser": normaliser_identity(),
-        "bootstrap": evaluation.bootstrap.as_dict(),
-        "generation": {
-            "decoding": "greedy",
-            "batch_size": settings.batch_size,
-            "max_new_tokens": settings.max_new_tokens,
-            "prompt": system.prompt,
-        },
-        "attributions": sources,
-        "command": command,
     }
     folder = Path(output) if output is not None else default_output(found, source, split)
     atomic_write(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

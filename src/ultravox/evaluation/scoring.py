@@ -1,4 +1,4 @@
-"""From texts to the numbers of results.json: each with n, its interval and, against another system, a paired difference."""
+"""From texts to the numbers of results.json: each with n, its interval and, against another, a paired difference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,13 @@ class Bootstrap:
 
     def as_dict(self) -> dict:
         unit = resampling_unit(self.speakers)
-        return {"method": "percentile", "confidence": 0.95, "num_samples": self.num_samples, "seed": self.seed, "unit": unit}
+        return {
+            "method": "percentile",
+            "confidence": 0.95,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "unit": unit,
+        }
 
     def interval(self, errors: Sequence[int], lengths: Sequence[int]) -> list[float]:
         low, high = bootstrap_interval(

@@ -1,8 +1,8 @@
 """What each audio token looks like to the language model: its nearest token embedding, along the time axis.
 
-This is the view that alignment (CTC through the language model's own embedding table) trains: an audio embedding that lies
-near a row of the table is read as that token. Silence and the inside of a long word lie near no row in particular, which
-the low cosine shows.
+This is the view that alignment (CTC through the language model's own embedding table) trains: an audio embedding that
+lies near a row of the table is read as that token. Silence and the inside of a long word lie near no row in particular,
+which the low cosine shows.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""Word and character error rates, pooled over a corpus: total errors over total reference length, never a mean of means.
+"""Word and character error rates, pooled over a corpus: total errors over total length, never a mean of means.
 
-Two utterances can have a pooled rate of 18% and a mean rate of 55%, so no function here averages rates. An utterance whose
-reference is empty adds its insertions to the errors and nothing to the length.
+Two utterances can have a pooled rate of 18% and a mean rate of 55%, so no function here averages rates. An utterance
+whose reference is empty adds its insertions to the errors and nothing to the length.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -95,7 +95,7 @@ def errors_per_utterance(
     unit: Unit = "word",
     normalize: Callable[[str], str] = normalize_english,
 ) -> list[ErrorCounts]:
-    """Error counts of each utterance, after normalising both sides. Raises ValueError when the two lists differ in length."""
+    """Error counts of each utterance, after normalising both sides. ValueError when the lists differ in length."""
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses: they must pair up")
     return [

@@ -34,6 +34,6 @@ def normalize_english(text: str) -> str:
 
 
 def spoken_form(text: str) -> str:
-    """Words alone, in lower case: letters with their combining marks, digits and apostrophes, one space between them."""
+    """Words alone, in lower case: letters with their combining marks, digits, apostrophes, single spaces."""
     kept = (c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text.translate(_APOSTROPHES).lower())
     return " ".join("".join(kept).split())
