@@ -1,0 +1,165 @@
+"""Why the defaults are what they are: each main hyperparameter at three points, three seeds each, in short runs.
+
+    python benchmarks/defaults.py                     # everything, about an hour on two cores
+    python benchmarks/defaults.py stack_factor        # one of them
+    python benchmarks/defaults.py encoder             # frozen, LoRA or full encoder
+
+A run is `configs/benchmark-align.yaml` (CTC through the embedding rows) or `configs/benchmark-tune.yaml` (the same,
+then the language model), with one key changed. The score is the word error rate on training-split clips that were kept
+out of training; the held-out split is not touched, so nothing is chosen on it. Results are added to
+`benchmarks/results/defaults.json` as they come, so that a second call goes on where the first one stopped, and the
+tables in `docs/defaults.md` are written from it.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "defaults.json"
+PAGE = ROOT / "docs" / "defaults.md"
+SEEDS = (0, 1, 2)
+STUDENT_T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # two-sided, by degrees of freedom
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One hyperparameter: where it stands in the config, the points, and the stage whose result is read."""
+
+    title: str
+    stage: str
+    points: dict[str, list[str]]
+    default: str
+
+
+SWEEPS = {
+    "align_lr": Sweep(
+        "Projector's learning rate while aligning",
+        "align",
+        {rate: ["--stages.align.optim.lr.projector", rate] for rate in ("5e-4", "1e-3", "2e-3")},
+        "1e-3",
+    ),
+    "match_weight": Sweep(
+        "Weight of the embedding-matching term",
+        "align",
+        {weight: ["--stages.align.align.match_weight", weight] for weight in ("0", "0.5", "2")},
+        "0.5",
+    ),
+    "warmup": Sweep(
+        "Warm-up steps while aligning",
+        "align",
+        {steps: ["--stages.align.optim.warmup_steps", steps] for steps in ("0", "25", "100")},
+        "25",
+    ),
+    "stack_factor": Sweep(
+        "Encoder frames (20 ms) in one position",
+        "align",
+        {factor: ["--model.stack_factor", factor] for factor in ("5", "6", "10")},
+        "5",
+    ),
+    "lora_rank": Sweep(
+        "Rank of the language model's LoRA",
+        "tune",
+        {rank: ["--model.language_model_lora.rank", rank] for rank in ("4", "16", "64")},
+        "16",
+    ),
+    "lora_lr": Sweep(
+        "LoRA's learning rate while tuning",
+        "tune",
+        {rate: ["--stages.tune.optim.lr.language_model", rate] for rate in ("2e-4", "7e-4", "2e-3")},
+        "7e-4",
+    ),
+    "encoder": Sweep(
+        "What trains in the audio encoder while aligning",
+        "align",
+        {
+            "frozen": [],
+            "LoRA, rank 16": ["--model.audio_encoder_lora.rank", "16"],
+            "full": ["--model.train_audio_encoder", "true"],
+        },
+        "frozen",
+    ),
+}
+
+
+def run(sweep: Sweep, point: str, seed: int) -> dict[str, float]:
+    """Train once in a process of its own; word error rate and seconds of the stage in question."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "ultravox", "train", str(ROOT / "configs" / f"benchmark-{sweep.stage}.yaml")]
+        command += ["--run_dir", f"{folder}/run", "--seed", str(seed), *sweep.points[point]]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\nfailed with code {done.returncode}:\n{done.stderr[-2000:]}")
+        summary = json.loads(Path(folder, "run", "train.json").read_text())
+    stage = next(stage for stage in summary["stages"] if stage["name"] == sweep.stage)
+    return {"wer": stage["final_wer"], "seconds": stage["seconds"], "trained": summary["num_trainable_parameters"]}
+
+
+def mean_and_half_width(values: list[float]) -> tuple[float, float]:
+    """Mean and the half width of its 95% interval (Student's t); not a number from one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, STUDENT_T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+    """The tables, from what has been measured so far."""
+    lines = [
+        "# Why the defaults are what they are",
+        "",
+        "Written by `python benchmarks/defaults.py`; do not edit. Short runs on two cores, the other keys as in",
+        "`configs/benchmark-align.yaml` and `configs/benchmark-tune.yaml`. WER is on clips of the training split that were",
+        "kept out of training, mean over the seeds with its 95% interval (Student's t). With three seeds intervals are",
+        "wide: a default stays where no other point is clearly better.",
+    ]
+    for name, sweep in SWEEPS.items():
+        if name not in results:
+            continue
+        lines += ["", f"## {sweep.title}", "", f"`{name}`, after the stage `{sweep.stage}`", ""]
+        lines += ["| value | WER | n seeds | seconds | trainable parameters |", "|---|---|---|---|---|"]
+        for point in sweep.points:
+            runs = list(results[name].get(point, {}).values())
+            if not runs:
+                continue
+            mean, half = mean_and_half_width([run["wer"] for run in runs])
+            seconds = statistics.fmean(run["seconds"] for run in runs)
+            mark = " (default)" if point == sweep.default else ""
+            interval = "" if math.isnan(half) else f" ± {100 * half:.1f}"
+            lines.append(
+                f"| {point}{mark} | {100 * mean:.1f}%{interval} | {len(runs)} | {seconds:.0f} | {runs[0]['trained'] / 1e6:.1f} M |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what has not been run yet, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=f"one or more of {', '.join(SWEEPS)}; none = all")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds (default %(default)s)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.sweeps) - set(SWEEPS):
+        parser.error(f"unknown sweep {', '.join(unknown)}; expected some of {', '.join(SWEEPS)}")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for seed in range(arguments.seeds):
+        for name in arguments.sweeps or SWEEPS:
+            for point in SWEEPS[name].points:
+                found = results.setdefault(name, {}).setdefault(point, {})
+                if str(seed) in found:
+                    continue
+                found[str(seed)] = run(SWEEPS[name], point, seed)
+                print(f"{name} = {point}, seed {seed}: WER {100 * found[str(seed)]['wer']:.1f}%", flush=True)
+                RESULTS.parent.mkdir(parents=True, exist_ok=True)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                PAGE.write_text(page(results))
+    PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
