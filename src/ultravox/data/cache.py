@@ -32,6 +32,9 @@ FORMAT_VERSION = 1
 #: A long build writes its index this often, so that an interrupted one goes on where it was.
 SECONDS_BETWEEN_COMMITS = 30.0
 
+#: Reasons for leaving a clip out that the configuration asks for.
+LENGTH_LIMITS = ("too short", "too long")
+
 Encode = Callable[[list[np.ndarray]], list[np.ndarray]]
 """Waveforms, each [sample] at 16 kHz, to frames, each [frame, channel]."""
 
@@ -76,10 +79,11 @@ class CacheReport:
             files.append(str(audio))
 
     def require(self, max_share: float, num_clips: int) -> None:
-        """Raise a DataError when more than `max_share` of the clips had to be left out."""
-        bad = sorted({file for files in self.quarantined.values() for file in files})
+        """Raise a DataError when more than `max_share` of the clips are faulty; the length limits are no fault."""
+        faults = {reason: files for reason, files in self.quarantined.items() if reason not in LENGTH_LIMITS}
+        bad = sorted({file for files in faults.values() for file in files})
         if len(bad) > max_share * num_clips:
-            reasons = ", ".join(f"{len(files)} {reason}" for reason, files in sorted(self.quarantined.items()))
+            reasons = ", ".join(f"{len(files)} {reason}" for reason, files in sorted(faults.items()))
             raise DataError(
                 f"{len(bad)} of {num_clips} clips cannot be used ({reasons}), more than data.max_quarantine_share = "
                 f"{max_share:g} allows; the first is {bad[0]}: repair or remove them, or raise the share"
@@ -267,7 +271,7 @@ def _reason(error: AudioError, audio: Path) -> str:
     """The kind of fault in a few words, to count by."""
     message = str(error).replace(str(audio), "")
     kinds = {
-        "too short": "too short",
+        "is too short": "too short",
         "no audio samples": "without samples",
         "not numbers": "with NaN or infinite samples",
         "truncated": "damaged or truncated",

@@ -35,8 +35,10 @@ class _MergedLora(torch.autograd.Function):
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = matmul_transposed(gradient, merged.t()).view(ctx.input_shape)
-        b_gradient = (gradient.t() @ matmul_transposed(rows, lora_a)).mul_(ctx.scale)
-        a_gradient = ((gradient @ lora_b).t() @ rows).mul_(ctx.scale)
+        # Both as products with few ROWS: oneDNN takes a quarter of the time that a product with few columns needs.
+        reduced = matmul_transposed(rows, lora_a)
+        b_gradient = matmul_transposed(reduced.t(), gradient.t()).t().mul(ctx.scale)
+        a_gradient = matmul_transposed(matmul_transposed(gradient, lora_b.t()).t(), rows.t()).mul_(ctx.scale)
         return x_gradient, None, None, a_gradient, b_gradient, None
 
 
@@ -62,12 +64,14 @@ class LoraLinear(FastLinear):
         layer.merged = False
         return layer
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
+    def forward(self, input: Tensor) -> Tensor:
         if self.merged:
             return linear(input, self.weight, self.bias)
         if uses_onednn(input) and self.weight.dtype == torch.float32:
             return _MergedLora.apply(input, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
-        return F.linear(input, self.weight, self.bias) + F.linear(F.linear(input, self.lora_A), self.lora_B) * self.scale
+        return (
+            F.linear(input, self.weight, self.bias) + F.linear(F.linear(input, self.lora_A), self.lora_B) * self.scale
+        )
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

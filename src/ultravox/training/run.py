@@ -21,7 +21,7 @@ from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file
 from ultravox.model.factory import build_model, build_processor, save_model
-from ultravox.model.kernels import register_attention, use_fast_linears
+from ultravox.model.kernels import register_attention, use_fast_linears, use_fast_norms
 from ultravox.model.pretrained import resolve_model
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
@@ -297,10 +297,11 @@ def seed_everything(seed: int, purpose: str) -> None:
 
 
 def use_fast_kernels(model: Any) -> None:
-    """Linear layers and attention as a CPU likes them; the same numbers up to rounding."""
+    """Linear layers, norms and attention as a CPU likes them; the same numbers up to rounding."""
     dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
     if model.device.type == "cpu" and model.dtype == torch.float32:
         use_fast_linears(model)
+        use_fast_norms(model.language_model)
         if not dropout:
             model.language_model.set_attn_implementation(register_attention())
 

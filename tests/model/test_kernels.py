@@ -1,0 +1,72 @@
+"""The fast kernels compute what plain PyTorch computes, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ultravox.model.adapters import add_lora, lora_layers, merged_lora
+from ultravox.model.kernels import register_attention, use_fast_linears, use_fast_norms
+
+
+def gradients(output, inputs):
+    torch.manual_seed(3)
+    return torch.autograd.grad((output * torch.randn_like(output)).sum(), inputs)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12)])
+def test_lora_equals_its_formula(shape):
+    torch.manual_seed(0)
+    parent = nn.Sequential(nn.Linear(12, 20))
+    add_lora(parent, 4, 8.0, ["0"])
+    layer = lora_layers(parent)["0"]
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(shape, requires_grad=True)
+    expected = F.linear(x, layer.weight, layer.bias) + 2 * F.linear(F.linear(x, layer.lora_A), layer.lora_B)
+    inputs = [x, layer.lora_A, layer.lora_B]
+    torch.testing.assert_close(layer(x), expected)
+    for mine, reference in zip(gradients(layer(x), inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(mine, reference)
+    with merged_lora(parent):
+        torch.testing.assert_close(layer(x), expected)
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter, mean=1.0, std=0.2)
+    return model
+
+
+def test_a_whole_language_model_is_the_same_with_fast_kernels():
+    model = tiny_llama()
+    x = torch.randn(3, 9, 32, requires_grad=True)
+    expected = model(inputs_embeds=x).logits
+    reference = gradients(expected, [x])[0]
+    names = list(model.state_dict())
+    use_fast_linears(model)
+    use_fast_norms(model)
+    model.set_attn_implementation(register_attention())
+    assert list(model.state_dict()) == names
+    output = model(inputs_embeds=x).logits
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients(output, [x])[0], reference)
+
+
+def test_a_norm_that_trains_keeps_its_gradient():
+    model = tiny_llama()
+    use_fast_norms(model)
+    model.model.norm.weight.requires_grad_(True)
+    model(inputs_embeds=torch.randn(1, 4, 32)).logits.sum().backward()
+    assert model.model.norm.weight.grad is not None
