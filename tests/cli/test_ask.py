@@ -56,7 +56,10 @@ def test_chat(tiny_checkpoint, clips, capsys, monkeypatch):
     [
         (["ask", "CHECKPOINT", "--audio", "missing.wav"], "missing.wav does not exist"),
         (["ask", "CHECKPOINT"], "nothing to ask"),
-        (["ask", "CHECKPOINT", "--audio", "CLIP", "--prompt", "<|audio|><|audio|>"], "2 <|audio|> placeholders, 1 audio"),
+        (
+            ["ask", "CHECKPOINT", "--audio", "CLIP", "--prompt", "<|audio|><|audio|>"],
+            "2 <|audio|> placeholders, 1 audio",
+        ),
         (["ask", "nowhere", "--audio", "CLIP"], "no checkpoint nowhere"),
         (["transcribe", "CHECKPOINT", "CLIP", "TEXT"], "is not audio"),
         (["transcribe", "CHECKPOINT", "CLIP", "--batch-size", "0"], "--batch-size"),

@@ -137,7 +137,9 @@ def test_conversation_computes_new_tokens_only(talker):
     assert cached == lengths[0] + 5  # the last token was written but not read
     lengths.clear()
     second = "".join(chat.say("And this?", [two]))
-    new = talker.processor.tokenizer.encode("<|im_end|>\n<|im_start|>user\nAnd this?<|im_end|>\n<|im_start|>assistant\n")
+    new = talker.processor.tokenizer.encode(
+        "<|im_end|>\n<|im_start|>user\nAnd this?<|im_end|>\n<|im_start|>assistant\n"
+    )
     last_token = 1
     assert lengths[0] == last_token + len(new) + sum(talker.processor.window_tokens(len(two)))
     assert chat.num_cached == cached + sum(lengths)

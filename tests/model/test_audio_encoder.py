@@ -120,6 +120,6 @@ def test_wrong_kind(tiny_models):
 def test_shapes_are_checked(tiny_models):
     """The import hook of conftest.py is at work."""
     encoder = encoder_from_config(WhisperConfig.from_pretrained(tiny_models.whisper))
-    with pytest.raises(Exception, match="[Tt]ype"):
+    with pytest.raises(Exception, match=r"[Tt]ype"):
         encoder(torch.zeros(80, 100), torch.tensor([100]))
     assert np.isfinite(encoder.features(np.zeros(1000, dtype=np.float32)).numpy()).all()

@@ -103,7 +103,9 @@ def gradients(model, batch):
 
 def test_gradients_stop_at_a_frozen_encoder(tiny_model, batch):
     with_gradient = gradients(tiny_model, batch)
-    assert with_gradient == {f"multi_modal_projector.{name}.weight" for name in ("ln_pre", "linear_1", "ln_mid", "linear_2")}
+    assert with_gradient == {
+        f"multi_modal_projector.{name}.weight" for name in ("ln_pre", "linear_1", "ln_mid", "linear_2")
+    }
 
 
 def test_gradients_reach_the_whole_encoder(tiny_model_config, batch):
@@ -303,7 +305,7 @@ def test_missing_and_named_base_model(tiny_checkpoint, tiny_models, batch):
         if error is None:
             torch.testing.assert_close(load_model(tiny_checkpoint)[0](**batch).logits, expected, atol=0, rtol=0)
         else:
-            with pytest.raises(error, match="builds on .*gone"):
+            with pytest.raises(error, match=r"builds on .*gone"):
                 load_model(tiny_checkpoint)
 
 

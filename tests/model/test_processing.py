@@ -102,7 +102,10 @@ def test_round_trip_without_a_network(tiny_processor, tmp_path, make_waveform):
 def test_shipped_template(tiny_processor):
     render = tiny_processor.apply_chat_template
     messages = [{"role": "user", "content": "<|audio|>Hi"}, {"role": "assistant", "content": "Yes"}]
-    assert render(messages, tokenize=False) == "<|im_start|>user\n<|audio|>Hi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+    assert (
+        render(messages, tokenize=False)
+        == "<|im_start|>user\n<|audio|>Hi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+    )
     parts = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "Hi"}]}]
     expected = "<|im_start|>user\n<|audio|>Hi<|im_end|>\n<|im_start|>assistant\n"
     assert render(parts, tokenize=False, add_generation_prompt=True) == expected

@@ -31,9 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ultravox.inference.api import load
 
-    texts = load(args.checkpoint).transcribe(
-        waveforms, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
-    )
+    texts = load(args.checkpoint).transcribe(waveforms, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     for path, waveform, text in zip(args.files, waveforms, texts, strict=True):
         if args.json:
             seconds = round(len(waveform) / SAMPLE_RATE, 3)

@@ -31,7 +31,7 @@ def messages_for(clip: Clip, task: Task) -> list[Message]:
     if task == "transcription":
         return [user_message(TRANSCRIBE_PROMPT), {"role": "assistant", "content": clip.text}]
     if not clip.answer:
-        raise DataError(f"clip {clip.id} has no answer: expected one for the task 'answer'; use 'transcription' instead")
+        raise DataError(f"clip {clip.id} has no answer: give it one, or use the task 'transcription'")
     return [user_message(), {"role": "assistant", "content": clip.answer}]
 
 

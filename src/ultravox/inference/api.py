@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, overload
+from typing import Any, BinaryIO, Literal, overload
 
 import numpy as np
 
@@ -26,7 +26,12 @@ class Ultravox:
 
     @overload
     def ask(
-        self, audio: Audio | Sequence[Audio] | None, prompt: str | None = ..., *, stream: Literal[False] = ..., **_: float
+        self,
+        audio: Audio | Sequence[Audio] | None,
+        prompt: str | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **_: float,
     ) -> str: ...
     @overload
     def ask(
@@ -55,9 +60,7 @@ class Ultravox:
     ) -> list[str]:
         """Write down what is said in each recording, in their order."""
         waveforms = load_waveforms(files)
-        return transcribe(
-            self.model, self.processor, waveforms, batch_size=batch_size, max_new_tokens=max_new_tokens
-        )
+        return transcribe(self.model, self.processor, waveforms, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
     def conversation(self, *, system: str | None = None, decoding: Decoding | None = None) -> Conversation:
         """Begin a dialogue of several turns."""
@@ -77,5 +80,5 @@ def load_waveforms(audio: Audio | Sequence[Audio] | None) -> list[np.ndarray]:
     """Waveforms float32 [sample] of one recording or several."""
     if audio is None:
         return []
-    many = audio if isinstance(audio, list | tuple) else [audio]
+    many: list[Any] = list(audio) if isinstance(audio, list | tuple) else [audio]
     return [np.asarray(one, dtype=np.float32) if isinstance(one, np.ndarray) else load_waveform(one) for one in many]

@@ -17,7 +17,6 @@ from ultravox.errors import DataError
 from ultravox.model.modeling import UltravoxModel
 from ultravox.model.processing import UltravoxProcessor
 
-
 #: Nobody speaks faster than this; a transcript that goes on past it has run away into repetition.
 TRANSCRIPT_TOKENS_PER_SECOND = 6.0
 TRANSCRIPT_EXTRA_TOKENS = 4
@@ -75,8 +74,8 @@ def generate_tokens(
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     if limit and attention_mask.shape[1] + decoding.max_new_tokens > limit:
         raise DataError(
-            f"{attention_mask.shape[1]} positions of prompt and {decoding.max_new_tokens} of answer exceed the language "
-            f"model's {limit}: give shorter audio or fewer turns"
+            f"{attention_mask.shape[1]} positions of prompt and {decoding.max_new_tokens} of answer exceed the "
+            f"language model's {limit}: give shorter audio or fewer turns"
         )
     cache = DynamicCache(config=model.config.text_config) if cache is None else cache
     ends = torch.tensor(end_ids(model), device=inputs_embeds.device)
@@ -125,7 +124,7 @@ def generate_texts(
     decoding: Decoding,
     token_limits: Sequence[int] | None = None,
 ) -> list[str]:
-    """Answers to a processed batch, in its order, stripped; none longer than its own limit, whoever shares the batch."""
+    """Answers to a processed batch, in its order, stripped; none longer than its own limit, in any company."""
     with torch.no_grad():
         embeddings = model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
     answers: list[list[int]] = [[] for _ in range(len(embeddings))]

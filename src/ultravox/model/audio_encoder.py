@@ -58,6 +58,10 @@ class WhisperAudioEncoder(AudioEncoder, WhisperEncoder):
     """Whisper's encoder with the weights and names of Hugging Face, on the true length instead of 30 s of padding."""
 
     frames_per_second = ENCODER_FRAMES_PER_SECOND
+    conv1: nn.Conv1d
+    conv2: nn.Conv1d
+    embed_positions: nn.Embedding
+    dropout: float
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config)

@@ -216,7 +216,7 @@ def save_model(model: UltravoxModel, processor: UltravoxProcessor, folder: Path)
     processor.save_pretrained(folder)
 
 
-class quiet_loading:  # noqa: N801 - reads as a statement
+class quiet_loading:
     """transformers' progress bars off for the length of a block."""
 
     def __enter__(self) -> None:
@@ -244,7 +244,6 @@ def _load_base_models(model: UltravoxModel, missing: set[str]) -> set[str]:
         setattr(model, prefix[:-1], part)
         missing = {key for key in missing if not key.startswith(prefix)}
     return missing
-
 
 
 def _load_config(path: str, name: str) -> PretrainedConfig:

@@ -230,7 +230,11 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         return logits, labels[:, 1:][supervised]
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """The audio goes in with the prompt only; of a prompt that is partly cached, only the new clips."""
         audio = {name: kwargs.pop(name, None) for name in (*_AUDIO_INPUTS, "audio_num_chunks")}
@@ -249,6 +253,7 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         """How many of the clips belong to tokens in the cache: the first ones, if there are more than new places."""
         lengths = audio["audio_token_len"]
         if lengths is None:
+            assert audio["audio_lens"] is not None
             lengths = num_audio_tokens(self.audio_tower.frame_lengths(audio["audio_lens"]), self.config.stack_factor)
         surplus = int(lengths.sum()) - int((new_ids == self.config.audio_token_index).sum())
         if surplus > 0 and len(new_ids) > 1:
