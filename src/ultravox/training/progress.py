@@ -38,9 +38,8 @@ class TerminalProgress:
         self._window.add(record)
         if record.skipped_ids is not None:
             ids = ", ".join(record.skipped_ids[:3])
-            self.console.print(
-                f"{record.stage} step {record.step}: loss or gradient not finite, step left out ({ids} …)"
-            )
+            text = f"{record.stage} step {record.step}: loss or gradient not finite, step left out ({ids} …)"
+            self.console.print(text, highlight=False, markup=False)
         due = record.step % self._log_every == 0 or record.step == record.max_steps
         if not due and self._live is None:
             return
