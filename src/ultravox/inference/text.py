@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import DynamicCache
 
 MAX_ANSWER_TOKENS = 40
 # a full stop, question or exclamation mark that ends a sentence ("3.5" and "e.g. this" go on), or a new line
@@ -36,6 +36,8 @@ class TextResponder:
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 64) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        ends = model.generation_config.eos_token_id
+        self.end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """One answer to each text, in order."""
@@ -56,16 +58,35 @@ class TextResponder:
             for text in texts
         ]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        start = inputs.input_ids.shape[1]
+        ids, mask = inputs.input_ids, inputs.attention_mask
+        written: list[list[int]] = [[] for _ in texts]
+        rows = list(range(len(texts)))  # those that still write; the others leave the batch, so that they cost nothing
+        cache = DynamicCache(config=self.model.config)
+        for _ in range(MAX_ANSWER_TOKENS):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            )
+            chosen = output.logits[:, -1].argmax(-1).tolist()
+            going = [
+                place
+                for place, (row, token) in enumerate(zip(rows, chosen, strict=True))
+                if self._goes_on(written[row], token)
+            ]
+            if not going:
+                break
+            if len(going) < len(rows):
+                keep = torch.tensor(going)
+                cache.batch_select_indices(keep)
+                mask, rows, chosen = mask[keep], [rows[place] for place in going], [chosen[place] for place in going]
+            ids = torch.tensor(chosen)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        return [first_sentence(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
 
-        def has_sentence(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            """Which rows [row] hold more than their first sentence: the next one must have begun to know its end."""
-            written = self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
-            done = [len(first_sentence(text)) < len(text.strip()) for text in written]
-            return torch.tensor(done, device=ids.device)
-
-        ids = self.model.generate(
-            **inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, stopping_criteria=[has_sentence]
-        )
-        written = self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
-        return [first_sentence(text) for text in written]
+    def _goes_on(self, written: list[int], token: int) -> bool:
+        """Note a token; False once the first sentence is whole, which only what follows it can tell."""
+        if token in self.end_ids:
+            return False
+        written.append(token)
+        text = self.tokenizer.decode(written, skip_special_tokens=True).strip()
+        return first_sentence(text) == text
