@@ -132,3 +132,20 @@ def test_checkpoints_are_asked_for_when_due():
     steps = []
     run_stage(task, toy_optimizer(task), settings(checkpoint_every=5), save=lambda state: steps.append(state.step))
     assert steps == [5, 10, 12]
+
+
+def test_a_spike_is_logged_with_its_clips():
+    task = ToyTask(noise=0.0)
+    inner = task.loss
+
+    def loss(batch):
+        output = inner(batch)
+        if len(task.seen) == 25:
+            output.sum = output.sum * 100
+        return output
+
+    task.loss = loss
+    _, recorder, _ = train(task, max_steps=30)
+    spikes = [record for record in recorder.records if record.spike_ids]
+    assert [record.step for record in spikes] == [25]
+    assert spikes[0].spike_ids == task.seen[24]

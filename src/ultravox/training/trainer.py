@@ -13,6 +13,10 @@ from ultravox.training.interrupt import StopRequest, TrainingInterrupted
 from ultravox.training.optim import Optimizer, lr_factor
 from ultravox.training.task import LossOutput, Position, Task
 
+#: A loss so many times the usual one is a spike; the usual one is a running mean over about 1 / SMOOTHING steps.
+SPIKE_FACTOR = 3.0
+SMOOTHING = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
@@ -54,6 +58,8 @@ class LoopState:
     evaluation_seconds: float = 0.0
     audio_seconds: float = 0.0
     num_tokens: int = 0
+    usual_loss: float = math.nan
+    """Running mean, to tell a spike by."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +82,8 @@ class StepRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     skipped_ids: list[str] | None = None
     """The examples of a step that was not taken, because its loss or gradient was not finite."""
+    spike_ids: list[str] | None = None
+    """The examples of a step whose loss stands far above the usual."""
 
 
 class Callback(Protocol):
@@ -169,11 +177,17 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
     state.skipped += not taken
     state.audio_seconds += audio_seconds
     state.num_tokens += num_tokens
+    loss = loss_sum / count if count else math.nan
+    is_spike = state.step > 1 / SMOOTHING and loss > SPIKE_FACTOR * state.usual_loss
+    if taken:
+        state.usual_loss = (
+            loss if math.isnan(state.usual_loss) else state.usual_loss + SMOOTHING * (loss - state.usual_loss)
+        )
     return StepRecord(
         stage=settings.stage,
         step=state.step,
         max_steps=settings.max_steps,
-        loss=loss_sum / count if count else math.nan,
+        loss=loss,
         lr={group.part: group.lr * factor for group in optimizer.groups},
         grad_norm=norm,
         audio_seconds=audio_seconds,
@@ -181,6 +195,7 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
         elapsed_seconds=0.0,
         metrics={name: number / count for name, number in metrics.items()} if count else {},
         skipped_ids=None if taken else ids,
+        spike_ids=ids if taken and is_spike else None,
     )
 
 

@@ -15,7 +15,7 @@ FORMAT_VERSION = 1
 
 
 class JsonLinesLog:
-    """Appends a row every `log_every` steps, for each evaluation, and for each step that was not taken."""
+    """Appends a row every `log_every` steps, for each evaluation, and for each step left out or with a spike."""
 
     def __init__(self, path: Path, log_every: int, resume_step: int = 0, num_decimals: int = 8) -> None:
         self.path, self.log_every, self._decimals, self._resume_step = path, log_every, num_decimals, resume_step
@@ -34,6 +34,8 @@ class JsonLinesLog:
         self._elapsed = record.elapsed_seconds
         if record.skipped_ids is not None:
             self._write(record.stage, record.step, {"skipped_ids": record.skipped_ids})
+        if record.spike_ids is not None:
+            self._write(record.stage, record.step, {"spike_loss": record.loss, "spike_ids": record.spike_ids})
         if record.step % self.log_every == 0 or record.step == record.max_steps:
             row = self._window.flush(record)
             lr = record.lr.get("projector", max(record.lr.values(), default=0.0))
