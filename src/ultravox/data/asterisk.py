@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ultravox.data.manifest import DATASET_FILE, Clip, write_dataset
+from ultravox.data.manifest import Clip, is_whole, write_dataset
 from ultravox.data.splits import is_heldout, normalise_text
 from ultravox.errors import DataError, NetworkError
 from ultravox.files import atomic_folder, explain_full_disk, sha256_file, ultravox_home
@@ -81,7 +81,7 @@ def fetch_asterisk_en(stand_in: Callable[[Path], None] | None = None) -> Path:
     Errors: NetworkError when the packages cannot be downloaded, DataError when their content is not as expected.
     """
     folder = ultravox_home() / "data" / NAME
-    if (folder / DATASET_FILE).is_file():
+    if is_whole(folder):
         return folder
     missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
     if missing:

@@ -47,7 +47,7 @@ def dataset_folder(source: str | Path) -> Path:
 
 
 def read_dataset(source: str | Path) -> dict[str, Any]:
-    """The content of a dataset folder's ``dataset.json`` (name, licence, attribution, splits). DataError when broken."""
+    """The content of a dataset folder's ``dataset.json`` (name, licence, attribution, splits), or DataError."""
     path = dataset_folder(source) / DATASET_FILE
     try:
         info = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -81,6 +81,16 @@ def load_clips(source: str | Path, split: str = "train") -> list[Clip]:
             "fetch the dataset again, or name the .jsonl file itself"
         )
     return clips
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether a dataset folder is there and every split of it can be loaded; if not, it is worth making again."""
+    try:
+        for split in read_dataset(folder)["splits"]:
+            load_clips(folder, split)
+    except DataError:
+        return False
+    return True
 
 
 def write_dataset(

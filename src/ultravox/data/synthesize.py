@@ -12,7 +12,7 @@ import numpy as np
 
 from ultravox.data.asterisk import NAME as ASTERISK
 from ultravox.data.asterisk import fetch_asterisk_en
-from ultravox.data.manifest import DATASET_FILE, Clip, dataset_folder, load_clips, read_dataset, write_dataset
+from ultravox.data.manifest import Clip, dataset_folder, is_whole, load_clips, read_dataset, write_dataset
 from ultravox.data.splits import HeldoutFilter, is_heldout
 from ultravox.data.texts.sentences import request_texts, transcription_texts
 from ultravox.data.voices import Voice, fetch_joe, voice_classes
@@ -27,7 +27,7 @@ ATTRIBUTION = (
 )
 # Sentences are dealt to a fixed number of shards, whatever the machine: a voice's readings depend on its shard's seed.
 NUM_SHARDS = 4
-GENERATOR_VERSION = 1  # counts up when texts or readings change, so that old folders are made anew
+GENERATOR_VERSION = 2  # counts up when texts or readings change, so that old folders are made anew
 DEFAULT_MINUTES = 36.0
 STAND_IN_MINUTES, STAND_IN_SEED = 22.0, 99
 STANDARD_KEYS = {"version", "name", "licence", "attribution", "splits"}
@@ -184,7 +184,7 @@ def _fetch(
 ) -> Path:
     folder = ultravox_home() / "data" / name
     settings = {"generator": GENERATOR_VERSION, **settings}
-    if (folder / DATASET_FILE).is_file() and read_dataset(folder).get("settings") == settings:
+    if is_whole(folder) and read_dataset(folder).get("settings") == settings:
         return folder
     sentences = texts()
     with atomic_folder(folder) as target:

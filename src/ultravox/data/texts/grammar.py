@@ -75,7 +75,7 @@ def inflect(entry: str, form: str) -> str:
         word = _third_person(verb)
     else:
         word = verb
-    return f"{word} {particle}".strip()
+    return f"{word} {particle}".replace("_", " ").strip()
 
 
 IRREGULAR_PARTICLES = {"hang": "hung", "shut": "shut"}
