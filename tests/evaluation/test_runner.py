@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ultravox.errors import CheckpointError, DataError
+from ultravox.errors import CheckpointError, ConfigError, DataError
 from ultravox.evaluation.checkpoint import find_checkpoint, identity
 from ultravox.evaluation.runner import Settings, default_output, evaluate, evenly_spread
 from ultravox.evaluation.system import System, in_batches
@@ -94,6 +94,11 @@ def test_limit_spreads_over_the_split(run_folder, dataset, listening_system):
     }  # fmt: skip
     assert [clip for clip in evenly_spread(list(range(9)), 3)] == [0, 4, 8]
     assert results["bounds"]["text"]["wer"] == 0.0
+
+
+def test_no_figure_without_an_interval():
+    with pytest.raises(ConfigError, match="at least 1"):
+        Settings(num_bootstrap=0)
 
 
 def test_one_clip_cannot_be_swapped(run_folder, dataset, listening_system):

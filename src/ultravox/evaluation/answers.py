@@ -6,7 +6,7 @@ negations, so the same share with swapped audio stands beside it: what the rule 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ultravox.evaluation.scoring import Bootstrap, absent
 from ultravox.metrics.normalize import normalize_english
@@ -57,7 +57,7 @@ def _share(equal: Sequence[bool], bootstrap: Bootstrap) -> dict:
 
 def score_answers(
     references: Sequence[str],
-    answers: dict[str, Sequence[str] | str],
+    answers: Mapping[str, Sequence[str] | str],
     bootstrap: Bootstrap,
 ) -> tuple[dict, dict[str, list[bool]]]:
     """Shares of answers equal in meaning to the references.

@@ -43,6 +43,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path).expanduser()
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint {path}: expected a run folder, its model/ or a saved model folder")
+    run: Path | None
     if (path / "model" / "config.json").is_file():
         model, run = path / "model", path
     elif (path / "config.json").is_file():

@@ -6,6 +6,7 @@ the wide one until nobody can read it.
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -198,8 +199,11 @@ def token_chart(
         body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{mel_height}" y2="{mel_height + 6}" class="axis"/>')
         body.append(_text(x + 3, mel_height + 14, f"{second} s", kind="tick"))
     top = mel_height + 20
+    # Cosines with thousands of rows are never low: what lies near no token has the cosine that chance gives, and at
+    # least half of all positions are such blanks or repeats. So colour begins at the clip's own median.
+    floor, ceiling = (statistics.median(cosines), max(cosines)) if cosines else (0.0, 1.0)
     for index, (token, cosine) in enumerate(zip(tokens, cosines, strict=True)):
-        x, strength = index * cell, min(1.0, max(0.0, cosine))
+        x, strength = index * cell, max(0.0, cosine - floor) / max(ceiling - floor, 1e-9)
         tooltip = f"audio token {index}, {index * seconds:.1f} s: “{token}”, cosine {cosine:.2f}"
         body.append(
             f'<g class="cell"><title>{escape(tooltip)}</title>'

@@ -19,7 +19,7 @@ import numpy as np
 from ultravox import __version__
 from ultravox.audio.waveform import load_waveform
 from ultravox.data.manifest import Clip, load_clips, read_dataset
-from ultravox.errors import DataError
+from ultravox.errors import ConfigError, DataError
 from ultravox.evaluation.answers import score_answers
 from ultravox.evaluation.bounds import CASCADE_METHOD, TEXT_METHOD
 from ultravox.evaluation.checkpoint import Checkpoint, find_checkpoint, identity
@@ -50,6 +50,10 @@ class Settings:
     question_split: str = "heldout"
     num_bootstrap: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_bootstrap < 1:
+            raise ConfigError("evaluation.num_bootstrap must be at least 1: no figure is reported without its interval")
 
     def clip_limit(self, fast_limit: int) -> int | None:
         """How many clips at most, with --fast counted in."""

@@ -62,16 +62,17 @@ class Edit:
 def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Edit]:
     """A cheapest alignment of two token sequences, all edits costing 1 (Levenshtein), in reading order."""
     edits: list[Edit] = []
-    for tag, r_from, r_to, h_from, h_to in Levenshtein.opcodes(reference, hypothesis):
-        if tag == "equal":
-            edits += [Edit("equal", r, h) for r, h in zip(reference[r_from:r_to], hypothesis[h_from:h_to], strict=True)]
-        elif tag == "replace":
-            pairs = zip(reference[r_from:r_to], hypothesis[h_from:h_to], strict=True)
-            edits += [Edit("substitution", r, h) for r, h in pairs]
-        elif tag == "delete":
-            edits += [Edit("deletion", r, None) for r in reference[r_from:r_to]]
+    for step in Levenshtein.opcodes(reference, hypothesis):
+        said = reference[step.src_start : step.src_end]
+        heard = hypothesis[step.dest_start : step.dest_end]
+        if step.tag == "equal":
+            edits += [Edit("equal", r, h) for r, h in zip(said, heard, strict=True)]
+        elif step.tag == "replace":
+            edits += [Edit("substitution", r, h) for r, h in zip(said, heard, strict=True)]
+        elif step.tag == "delete":
+            edits += [Edit("deletion", r, None) for r in said]
         else:
-            edits += [Edit("insertion", None, h) for h in hypothesis[h_from:h_to]]
+            edits += [Edit("insertion", None, h) for h in heard]
     return edits
 
 
