@@ -175,9 +175,8 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
 
     def save(state: LoopState) -> None:
         seconds = run.seconds + time.monotonic() - context.begin
-        finished = list(run.finished)
         if state.step == stage.max_steps:
-            finished.append(_stage_summary(context, task, state, last, flop_rate))
+            run.finished.append(_stage_summary(context, task, state, last, flop_rate))
         peak = max(run.peak_memory_bytes, peak_memory_bytes())
         content = {
             "stage": stage.name,
@@ -192,7 +191,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
                 "seconds": seconds,
                 "feature_cache_seconds": run.feature_cache_seconds,
                 "peak_memory_bytes": peak,
-                "finished": finished,
+                "finished": run.finished,
             },
         }
         folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
@@ -213,8 +212,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     )
     with ExitStack() as stack:
         callbacks = _callbacks(context, state.step, last, stack)
-        state = run_stage(task, optimizer, settings, state=state, callbacks=callbacks, save=save, stop=context.stop)
-    run.finished.append(_stage_summary(context, task, state, last, flop_rate))
+        run_stage(task, optimizer, settings, state=state, callbacks=callbacks, save=save, stop=context.stop)
 
 
 class _Last:
@@ -261,6 +259,7 @@ def _stage_summary(
         **{f"final_{name}": value for name, value in last.items()},
     }
     if flop_rate:
+        flop_rate = max(flop_rate, matmul_flop_rate())  # before and after the stage, in case one was disturbed
         # 2 N for the forward pass and 2 N for the gradient of its input; a frozen weight has no gradient of its own.
         num_parameters = num_matmul_parameters(context.model.language_model)
         rate = 4 * num_parameters * state.num_tokens / max(state.seconds, 1e-9)

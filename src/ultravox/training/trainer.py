@@ -58,8 +58,8 @@ class LoopState:
     evaluation_seconds: float = 0.0
     audio_seconds: float = 0.0
     num_tokens: int = 0
-    usual_loss: float = math.nan
-    """Running mean, to tell a spike by."""
+    usual_loss: float = 0.0
+    """Running mean, to tell a spike by; 0 before the first step."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -180,9 +180,7 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
     loss = loss_sum / count if count else math.nan
     is_spike = state.step > 1 / SMOOTHING and loss > SPIKE_FACTOR * state.usual_loss
     if taken:
-        state.usual_loss = (
-            loss if math.isnan(state.usual_loss) else state.usual_loss + SMOOTHING * (loss - state.usual_loss)
-        )
+        state.usual_loss += (SMOOTHING if state.usual_loss else 1.0) * (loss - state.usual_loss)
     return StepRecord(
         stage=settings.stage,
         step=state.step,

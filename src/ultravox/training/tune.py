@@ -80,7 +80,7 @@ class TuneTask(SpeechTask):
         inputs = torch.gather(inputs, 1, order[:, :, None].expand_as(inputs))
         longest = max(len(example.transcript) for example in examples)
         generation = copy.deepcopy(self.model.generation_config)
-        generation.max_new_tokens, generation.do_sample = longest + longest // 2 + 4, False
+        generation.max_new_tokens, generation.do_sample = longest + 8, False
         with merged_lora(self.model):
             output = self.model.language_model.generate(
                 inputs_embeds=inputs,
