@@ -22,6 +22,7 @@ from ultravox.errors import CheckpointError, ConfigError, ModelError
 from ultravox.model.adapters import add_lora
 from ultravox.model.audio_encoder import AudioEncoder, WaveformAudioEncoder, WhisperAudioEncoder
 from ultravox.model.configuration import ENCODERS, UltravoxConfig
+from ultravox.model.kernels import use_fast_linears
 from ultravox.model.modeling import UltravoxModel
 from ultravox.model.pretrained import resolve_model
 from ultravox.model.processing import UltravoxProcessor, add_audio_token
@@ -206,6 +207,7 @@ def load_model(checkpoint: str | Path) -> tuple[UltravoxModel, UltravoxProcessor
             f"{folder}: <|audio|> is token {processor.audio_token_index} to the tokenizer and "
             f"{model.config.audio_token_index} to the model; take both from one save"
         )
+    use_fast_linears(model)
     return model.eval(), processor
 
 
