@@ -93,7 +93,9 @@ def fetch_asterisk_en(stand_in: Callable[[Path], None] | None = None) -> Path:
         for package in packages.values():
             _run(["dpkg-deb", "-x", str(package), f"{temporary}/tree"], NetworkError)
         with atomic_folder(folder) as target:
-            build_dataset(Path(temporary) / "tree", target, {name: sha256_file(path) for name, path in packages.items()})
+            build_dataset(
+                Path(temporary) / "tree", target, {name: sha256_file(path) for name, path in packages.items()}
+            )
     return folder
 
 
@@ -180,7 +182,9 @@ def _run(command: list[str], error_type: type[Exception], folder: Path | None = 
     if failed:
         reasons = [line for line in output if line.startswith("E:") or "error" in line] or output or ["no reason given"]
         tool = " ".join(part for part in command if part in ("apt-get", "dpkg-deb", "update", "download", "-x"))
-        raise error_type(f"`{tool}` failed ({reasons[0].strip()}): {NAME} needs the Debian archive once, then works offline")
+        raise error_type(
+            f"`{tool}` failed ({reasons[0].strip()}): {NAME} needs the Debian archive once, then works offline"
+        )
 
 
 def _make_stand_in(folder: Path, tool: str, stand_in: Callable[[Path], None] | None) -> None:

@@ -122,7 +122,9 @@ def speak_texts(texts: Sequence[str], folder: Path, name: str, seed: int) -> lis
     ):
         task = progress.add_task(f"speaking {name}", total=len(jobs))
         shards = [
-            pool.submit(_speak_shard, jobs[number::NUM_SHARDS], seed * NUM_SHARDS + number, lambda: progress.advance(task))
+            pool.submit(
+                _speak_shard, jobs[number::NUM_SHARDS], seed * NUM_SHARDS + number, lambda: progress.advance(task)
+            )
             for number in range(NUM_SHARDS)
         ]
         try:

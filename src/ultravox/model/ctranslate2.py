@@ -202,7 +202,9 @@ def whisper_from_ctranslate2(model_bin: bytes, config_json: bytes, tokenizer_jso
         raise ModelError("this CTranslate2 model is quantised to integers: only float16, bfloat16 and float32 are read")
     ids = special_ids(json.loads(tokenizer_json))
     model = WhisperForConditionalGeneration(whisper_config(variables, ids))
-    state = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in whisper_state_dict(variables).items()}
+    state = {
+        name: torch.from_numpy(np.array(array, np.float32)) for name, array in whisper_state_dict(variables).items()
+    }
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ModelError(f"CTranslate2 file does not fit a Whisper model: missing {missing}, unexpected {unexpected}")
