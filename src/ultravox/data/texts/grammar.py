@@ -1,4 +1,4 @@
-"""Templates with slots: ``{animals}``, ``{a:animals}`` (with an article), ``{pl:…}``, ``{ed:…}``, ``{ing:…}``, ``{s:…}``."""
+"""Templates with slots: ``{animals}``, ``{a:animals}`` (with an article), ``{pl:…}``, ``{ed:…}``, ``{ing:…}``."""
 
 import heapq
 import random
@@ -59,7 +59,7 @@ def _third_person(word: str) -> str:
 
 
 def inflect(entry: str, form: str) -> str:
-    """A form of a verb entry: ``ed``, ``ing``, ``s`` or the bare verb. See vocabulary.yaml for how verbs are written."""
+    """A form of a verb entry: ``ed``, ``ing``, ``s`` or the bare verb. vocabulary.yaml says how verbs are written."""
     entry, _, past = entry.partition("/")
     verb, _, particle = entry.partition("_")
     doubled = verb.endswith("+")
