@@ -138,6 +138,9 @@ class FeatureCache:
         report = CacheReport(names=[None] * len(requests))
         hashes: dict[Path, str | None] = {}
         for index, request in enumerate(requests):
+            if request.seconds > max_seconds:
+                report.quarantine("too long", request.audio)  # by its manifest; a wrong one is found out on loading
+                continue
             if request.audio not in hashes:
                 hashes[request.audio] = sha256_file(request.audio) if request.audio.is_file() else None
             if (digest := hashes[request.audio]) is None:
