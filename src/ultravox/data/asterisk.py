@@ -158,7 +158,7 @@ def download_packages(names: list[str], folder: Path) -> dict[str, Path]:
                 (folder / part).mkdir(parents=True)
             private = ["-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
             with working("fetching Debian's package lists"):
-                _run(["apt-get", *private, "-q", "update"], NetworkError)
+                _run(["apt-get", *private, "-q", "-o", "APT::Update::Error-Mode=any", "update"], NetworkError)
         with working(f"downloading Debian packages {', '.join(names)}"):
             try:
                 _run(["apt-get", *private, "-q", "download", *names], NetworkError, folder)
@@ -183,7 +183,8 @@ def _run(command: list[str], error_type: type[Exception], folder: Path | None = 
         reasons = [line for line in output if line.startswith("E:") or "error" in line] or output or ["no reason given"]
         tool = " ".join(part for part in command if part in ("apt-get", "dpkg-deb", "update", "download", "-x"))
         raise error_type(
-            f"`{tool}` failed ({reasons[0].strip()}): {NAME} needs the Debian archive once, then works offline"
+            f"`{tool}` failed ({reasons[0].strip()}): connect to the network for this first use of {NAME}; "
+            "it comes from the Debian archive and works offline afterwards"
         )
 
 
