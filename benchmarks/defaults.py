@@ -115,9 +115,9 @@ def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
         "# Why the defaults are what they are",
         "",
         "Written by `python benchmarks/defaults.py`; do not edit. Short runs on two cores, the other keys as in",
-        "`configs/benchmark-align.yaml` and `configs/benchmark-tune.yaml`. WER is on clips of the training split that were",
-        "kept out of training, mean over the seeds with its 95% interval (Student's t). With three seeds intervals are",
-        "wide: a default stays where no other point is clearly better.",
+        "`configs/benchmark-align.yaml` and `configs/benchmark-tune.yaml`. WER is on clips of the training split that",
+        "were kept out of training, mean over the seeds with its 95% interval (Student's t). With three seeds the",
+        "intervals are wide: a default stays where no other point is clearly better.",
     ]
     for name, sweep in SWEEPS.items():
         if name not in results:
@@ -132,9 +132,8 @@ def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
             seconds = statistics.fmean(run["seconds"] for run in runs)
             mark = " (default)" if point == sweep.default else ""
             interval = "" if math.isnan(half) else f" ± {100 * half:.1f}"
-            lines.append(
-                f"| {point}{mark} | {100 * mean:.1f}%{interval} | {len(runs)} | {seconds:.0f} | {runs[0]['trained'] / 1e6:.1f} M |"
-            )
+            trained = f"{runs[0]['trained'] / 1e6:.1f} M"
+            lines.append(f"| {point}{mark} | {100 * mean:.1f}%{interval} | {len(runs)} | {seconds:.0f} | {trained} |")
     return "\n".join(lines) + "\n"
 
 

@@ -57,9 +57,7 @@ class Shortened:
         if "train" in words and "--run_dir" not in words:
             words += ["--run_dir", str(self.folder / "quickstart")]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        return subprocess.run(
-            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **options
-        )
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **options)
 
     def _replace(self, word: str) -> str:
         if word.endswith("/ultravox"):

@@ -1,6 +1,9 @@
 """A checkpoint as a ``System``: its model, its prompts, and the bounds that belong to it."""
 
 from functools import partial
+from typing import Any
+
+import torch
 
 from ultravox.data.prompts import TRANSCRIBE_PROMPT, render_prompt, user_message
 from ultravox.evaluation.bounds import TEXT_METHOD, TextReader, find_recogniser
@@ -19,19 +22,15 @@ def load_system(checkpoint: Checkpoint, *, batch_size: int, max_new_tokens: int)
     prompt = render_prompt(processor.tokenizer, [user_message(TRANSCRIBE_PROMPT)])
     question_prompt = render_prompt(processor.tokenizer, [user_message()])
     recogniser, why_not = find_recogniser(checkpoint)
+    options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    no_gradients = torch.inference_mode()
     read = TextReader(model, processor, prompt, max_new_tokens=max_new_tokens)
     # The bound is for perfect audio embeddings, and those stand for words in the style that the model was trained on.
     spoken = (checkpoint.config.get("data") or {}).get("transcript_style") == "spoken"
     return System(
-        transcribe=lambda waveforms: transcribe(
-            model, processor, waveforms, batch_size=batch_size, max_new_tokens=max_new_tokens
-        ),
-        transcribe_one=lambda waveforms: transcribe(
-            model, processor, waveforms, batch_size=1, max_new_tokens=max_new_tokens
-        ),
-        answer=lambda waveforms: answer_batch(
-            model, processor, waveforms, batch_size=batch_size, max_new_tokens=max_new_tokens
-        ),
+        transcribe=no_gradients(partial(transcribe, model, processor, **options)),
+        transcribe_one=no_gradients(partial(transcribe, model, processor, **options | {"batch_size": 1})),
+        answer=no_gradients(partial(answer_batch, model, processor, **options)),
         transcribe_text=(lambda texts: read([spoken_form(text) for text in texts])) if spoken else read,
         answer_text=TextReader(model, processor, question_prompt, max_new_tokens=max_new_tokens),
         recognise=recogniser.transcribe if recogniser else None,

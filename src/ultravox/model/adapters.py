@@ -115,7 +115,7 @@ def merge_lora(module: nn.Module) -> None:
         if not layer.merged:
             layer.weight.copy_(layer.merged_weight())
         del layer.lora_A, layer.lora_B
-        layer.__class__ = FastLinear
+        layer.__class__ = FastLinear  # type: ignore[assignment]
 
 
 @contextmanager

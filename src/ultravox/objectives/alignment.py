@@ -55,7 +55,7 @@ class CtcAlignment(nn.Module):
         rows = self.row_of_token[token_ids]
         if bool((rows < 0).any()):
             unknown = token_ids[rows < 0][:5].tolist()
-            raise DataError(f"transcript tokens {unknown} are not among the {len(self.token_ids)} tokens of the alignment")
+            raise DataError(f"transcript tokens {unknown} are not among the alignment's {len(self.token_ids)} tokens")
         return rows
 
     def scores(self, audio_embeddings: Tensor) -> Tensor:
@@ -74,7 +74,8 @@ class CtcAlignment(nn.Module):
             targets: rows as `targets` gives them, one after the other, [sum of target_lengths].
             target_lengths: [clip].
         Returns:
-            the sum over clips of CTC + weighted matching, the CTC part alone, and the count to divide by (target tokens).
+            the sum over clips of CTC + weighted matching, the CTC part alone, and the count to divide by (target
+            tokens).
         """
         valid = torch.arange(audio_embeddings.shape[1]) < token_lengths[:, None]
         flat = audio_embeddings[valid]
