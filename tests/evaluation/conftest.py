@@ -111,7 +111,7 @@ def listening_system(dataset, questions) -> System:
         transcribe_one=transcribe,
         answer=answer,
         transcribe_text=lambda texts: list(texts),
-        answer_text=lambda texts: list(texts),
+        answer_text=lambda texts: [f"{text}, you ask" for text in texts],
         recognise=lambda waveforms: [(listener.clip(w) or Clip("", Path(), "", 0)).text for w in waveforms],
         view_tokens=lambda waveform: TokenView([" please", "<b>bold</b>", "\n"], [0.9, 0.1, -0.2], 0.1),
         prompt="<|audio|>Transcribe",

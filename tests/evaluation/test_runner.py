@@ -37,7 +37,7 @@ def test_results(run_folder, dataset, questions, listening_system):
 
     controls = results["controls"]
     assert controls["silence"]["wer"] == 1.0
-    assert controls["swapped"]["wer"] == word_errors(references, [row["swapped"] for row in clips]).rate
+    assert controls["swapped"]["wer"] == word_errors(references, [row["swapped_hypothesis"] for row in clips]).rate
     assert all(row["swapped_id"] != row["id"] for row in clips)
     assert results["audio_use"]["verdict"] == "PASS"
     assert results["audio_use"]["difference"]["interval"][0] > 0
@@ -49,6 +49,13 @@ def test_results(run_folder, dataset, questions, listening_system):
     answers = results["answers"]
     assert (answers["share"], answers["n"], answers["swapped_share"]) == (1.0, 4, 0.0)
     assert answers["rule"]
+    assert (answers["text"]["share"], answers["echo"]["share"]) == (0.0, 0.0)  # the fake only repeats the question
+    asked = [row for row in predictions if row["kind"] == "answer"]
+    assert asked[0]["text"] == "what is the capital of france"
+    assert asked[0]["text_answer"] == "what is the capital of france, you ask"
+    assert asked[0]["answer"] == asked[0]["reference"] == "The capital of France is Paris."
+    assert [row["equal"] for row in asked] == [True] * 4
+    assert all(row["swapped_answer"] != row["reference"] for row in asked)
 
     assert results["version"] == 1
     assert results["train_seconds"] == 12.5
@@ -76,7 +83,7 @@ def test_what_is_absent_is_null_and_says_why(run_folder, dataset, deaf_system):
     results, _ = evaluate(run_folder, str(dataset), system=deaf_system)
     cascade = results["bounds"]["cascade"]
     assert (cascade["wer"], cascade["interval"], cascade["absent"]) == (None, None, "its encoder is no Whisper")
-    assert results["answers"]["share"] is None
+    assert results["answers"]["share"] is results["answers"]["swapped"]["share"] is None
 
 
 def test_fast_leaves_bounds_out(run_folder, dataset, listening_system):

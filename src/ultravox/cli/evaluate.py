@@ -130,10 +130,10 @@ def print_results(results: dict[str, Any], console) -> None:
     table.add_column("value", justify="right")
     table.add_column("95% interval", justify="right")
 
-    def row(label: str, score: dict[str, Any], key: str, interval: str = "interval", absent: str = "absent") -> None:
-        value, ends = score[key], score[interval]
+    def row(label: str, score: dict[str, Any], key: str) -> None:
+        value, ends = score[key], score["interval"]
         if value is None:
-            table.add_row(label, "[dim]absent[/dim]", f"[dim]{_plain(score[absent])}[/dim]")
+            table.add_row(label, "[dim]absent[/dim]", f"[dim]{_plain(score['absent'])}[/dim]")
         else:
             table.add_row(label, f"{value:.1%}", f"{ends[0]:.1%} to {ends[1]:.1%}")
 
@@ -146,7 +146,7 @@ def print_results(results: dict[str, Any], console) -> None:
     answers = results["answers"]
     row("spoken questions answered alike", answers, "share")
     if answers["share"] is not None:
-        row("  with swapped audio", answers, "swapped_share", "swapped_interval", "swapped_absent")
+        row("  with swapped audio", answers["swapped"], "share")
     console.print(table)
     use = results["audio_use"]
     colour = {"PASS": "green", "FAIL": "red"}.get(use["verdict"], "yellow")

@@ -127,14 +127,15 @@ def _score_rows(results: dict) -> list[IntervalRow]:
 
 def _answer_rows(answers: dict) -> list[IntervalRow]:
     def row(label: str, kind: str, role: str) -> IntervalRow:
-        value, interval = answers[f"{kind}share"], answers[f"{kind}interval"]
-        return IntervalRow(label, value, interval, role, answers.get(f"{kind}absent", ""))
+        score = answers[kind] if kind else answers
+        return IntervalRow(label, score["share"], score["interval"], role, score.get("absent", ""))
 
     return [
-        row("question given as text", "text_", "bound"),
-        row("Whisper's text given", "cascade_", "bound"),
+        row("question given as text", "text", "bound"),
+        row("Whisper's text given", "cascade", "bound"),
         row("this model, from audio", "", "model"),
-        row("another question's audio", "swapped_", "control"),
+        row("another question's audio", "swapped", "control"),
+        row("the question, repeated", "echo", "control"),
     ]
 
 

@@ -20,7 +20,7 @@ from ultravox import __version__
 from ultravox.audio.waveform import load_waveform
 from ultravox.data.manifest import Clip, load_clips, read_dataset
 from ultravox.errors import ConfigError, DataError
-from ultravox.evaluation.answers import score_answers
+from ultravox.evaluation.answers import absent_answers, score_answers
 from ultravox.evaluation.bounds import CASCADE_METHOD, TEXT_METHOD
 from ultravox.evaluation.checkpoint import Checkpoint, find_checkpoint, identity
 from ultravox.evaluation.controls import derangement, silence_like
@@ -187,7 +187,7 @@ def _transcription(evaluation: _Evaluation) -> tuple[dict, list[dict], list[int]
         row = {"kind": "transcription", "id": clip.id, "duration": clip.duration, "speaker": clip.speaker}
         row |= {"licence": clip.licence, "reference": clip.text, "hypothesis": hypotheses[index]}
         row |= {"errors": counts.errors, "num_words": counts.reference_length}
-        row |= {name: None if isinstance(given, str) else given[index] for name, given in texts.items()}
+        row |= {f"{name}_hypothesis": None if isinstance(given, str) else given[index] for name, given in texts.items()}
         row["swapped_id"] = evaluation.clips[evaluation.partner[index]].id if evaluation.partner else None
         rows.append(row)
     return results, rows, real.errors
@@ -220,15 +220,15 @@ def _questions(evaluation: _Evaluation) -> tuple[dict, list[dict]]:
     else:
         given["cascade"] = why_no_text or why_no_cascade
     expected = [clip.answer or "" for clip in clips]
-    results, verdicts = score_answers(expected, given, evaluation.bootstrap)
+    results, verdicts = score_answers(evaluation.references, expected, given, evaluation.bootstrap)
     rows = []
     for index, clip in enumerate(clips):
         row = {"kind": "answer", "id": clip.id, "duration": clip.duration, "speaker": clip.speaker}
         row |= {"licence": clip.licence, "text": clip.text, "reference": clip.answer}
         for kind, texts in given.items():
-            name = "answer" if kind == "audio" else kind
-            row[name] = None if isinstance(texts, str) else texts[index]
-            row["equal" if kind == "audio" else f"{kind}_equal"] = verdicts[kind][index] if kind in verdicts else None
+            prefix = "" if kind == "audio" else f"{kind}_"
+            row[f"{prefix}answer"] = None if isinstance(texts, str) else texts[index]
+            row[f"{prefix}equal"] = verdicts[kind][index] if kind in verdicts else None
         row["swapped_id"] = clips[evaluation.partner[index]].id if evaluation.partner else None
         rows.append(row)
     return results, rows
@@ -343,9 +343,9 @@ def evaluate(
     evaluation = _Evaluation(system, clips, settings, progress)
     results, rows, errors = _transcription(evaluation)
     if not questions:
-        answers = absent("no dataset of spoken questions was named", "share")
+        answers = absent_answers("no dataset of spoken questions was named")
     elif system.answer is None:
-        answers = absent(system.reason("answer"), "share")
+        answers = absent_answers(system.reason("answer"))
     else:
         answers, answer_rows = _questions(_Evaluation(system, questions, settings, progress))
         answers |= {"source": settings.questions, "split": settings.question_split}
