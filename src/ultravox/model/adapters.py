@@ -14,32 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultravox.errors import ConfigError
-from ultravox.model.kernels import FastLinear, linear, matmul_transposed, uses_onednn
+from ultravox.model.kernels import FastLinear, linear, matmul_transposed, needs_gradient, uses_onednn
 
 
 class _MergedLora(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
         merged = torch.addmm(weight, lora_b, lora_a, alpha=scale)
         ctx.save_for_backward(rows, merged, lora_a, lora_b)
-        ctx.input_shape, ctx.scale = x.shape, scale
-        return matmul_transposed(rows, merged, bias).view(*x.shape[:-1], weight.shape[0])
+        ctx.scale = scale
+        return matmul_transposed(rows, merged, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, merged, lora_a, lora_b = ctx.saved_tensors
-        gradient = gradients[0].reshape(-1, merged.shape[0])
-        x_gradient = None
-        if ctx.needs_input_grad[0]:
-            x_gradient = matmul_transposed(gradient, merged.t()).view(ctx.input_shape)
+        gradient = gradients[0]
+        rows_gradient = matmul_transposed(gradient, merged.t()) if ctx.needs_input_grad[0] else None
         # Both as products with few ROWS: oneDNN takes a quarter of the time that a product with few columns needs.
         reduced = matmul_transposed(rows, lora_a)
         b_gradient = matmul_transposed(reduced.t(), gradient.t()).t().mul(ctx.scale)
         a_gradient = matmul_transposed(matmul_transposed(gradient, lora_b.t()).t(), rows.t()).mul_(ctx.scale)
-        return x_gradient, None, None, a_gradient, b_gradient, None
+        return rows_gradient, None, None, a_gradient, b_gradient, None
 
 
 class LoraLinear(FastLinear):
@@ -68,7 +65,11 @@ class LoraLinear(FastLinear):
         if self.merged:
             return linear(input, self.weight, self.bias)
         if uses_onednn(input) and self.weight.dtype == torch.float32:
-            return _MergedLora.apply(input, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+            if not needs_gradient(input, self.lora_A):
+                return linear(input, self.merged_weight(), self.bias)
+            rows = input.reshape(-1, input.shape[-1])
+            output = _MergedLora.apply(rows, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+            return output.view(*input.shape[:-1], -1)
         return (
             F.linear(input, self.weight, self.bias) + F.linear(F.linear(input, self.lora_A), self.lora_B) * self.scale
         )

@@ -27,34 +27,41 @@ def matmul_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 class _Linear(torch.autograd.Function):
-    """oneDNN forward and input gradient; the weight's gradient only where it is wanted."""
+    """oneDNN forward and input gradient of rows [row, in]; the weight's gradient only where it is wanted."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows if weight.requires_grad else x.new_empty(0), weight)
-        ctx.input_shape, ctx.has_bias = x.shape, bias is not None
-        return matmul_transposed(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows if weight.requires_grad else rows.new_empty(0), weight)
+        ctx.has_bias = bias is not None
+        return matmul_transposed(rows, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
-        gradient = gradients[0].reshape(-1, weight.shape[0])
-        x_gradient = weight_gradient = bias_gradient = None
+        gradient = gradients[0]
+        rows_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = matmul_transposed(gradient, weight.t()).view(ctx.input_shape)
+            rows_gradient = matmul_transposed(gradient, weight.t())
         if ctx.needs_input_grad[1]:
             weight_gradient = matmul_transposed(gradient.t().contiguous(), rows.t())
         if ctx.has_bias and ctx.needs_input_grad[2]:
             bias_gradient = gradient.sum(0)
-        return x_gradient, weight_gradient, bias_gradient
+        return rows_gradient, weight_gradient, bias_gradient
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd has anything to record of a function of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` by the fastest kernel: x [..., in], weight [out, in] → [..., out]."""
     if not uses_onednn(x) or weight.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    recorded = needs_gradient(x, weight, bias)
+    output = _Linear.apply(rows, weight, bias) if recorded else matmul_transposed(rows, weight, bias)
+    return output.view(*x.shape[:-1], weight.shape[0])
 
 
 class FastLinear(nn.Linear):
