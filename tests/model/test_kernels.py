@@ -7,6 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ultravox.model.adapters import add_lora, lora_layers, merged_lora
+from ultravox.model.fast_attention import use_fast_attention
 from ultravox.model.kernels import register_attention, use_fast_linears, use_fast_norms
 
 
@@ -58,6 +59,8 @@ def test_a_whole_language_model_is_the_same_with_fast_kernels():
     use_fast_linears(model)
     use_fast_norms(model)
     model.set_attn_implementation(register_attention())
+    use_fast_attention(model)
+    model.train()
     assert list(model.state_dict()) == names
     output = model(inputs_embeds=x).logits
     torch.testing.assert_close(output, expected)
@@ -70,3 +73,25 @@ def test_a_norm_that_trains_keeps_its_gradient():
     model.model.norm.weight.requires_grad_(True)
     model(inputs_embeds=torch.randn(1, 4, 32)).logits.sum().backward()
     assert model.model.norm.weight.grad is not None
+
+
+def test_fast_attention_generates_with_a_cache_as_before():
+    torch.manual_seed(0)
+    prompt = torch.randint(50, (2, 7))
+    expected = tiny_llama().generate(prompt, max_new_tokens=8, do_sample=False)
+    model = tiny_llama()
+    model.set_attn_implementation(register_attention())
+    use_fast_attention(model)
+    for training in (False, True):
+        assert torch.equal(model.train(training).generate(prompt, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_grouped_rotary_attention_in_double_precision():
+    from ultravox.model.fast_attention import _RotaryAttention
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 5, n * 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
+    angles = torch.randn(1, 5, 4, dtype=torch.float64).repeat(1, 1, 2)
+    bias = torch.full((1, 1, 5, 5), -torch.inf, dtype=torch.float64).triu(1)
+    rest = (angles.cos(), angles.sin(), bias, 8, 0.3)
+    assert torch.autograd.gradcheck(lambda *qkv: _RotaryAttention.apply(*qkv, *rest), (query, key, value))

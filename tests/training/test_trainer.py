@@ -149,3 +149,10 @@ def test_a_spike_is_logged_with_its_clips():
     spikes = [record for record in recorder.records if record.spike_ids]
     assert [record.step for record in spikes] == [25]
     assert spikes[0].spike_ids == task.seen[24]
+
+
+def test_no_look_at_progress_just_before_the_last_one():
+    _, recorder, _ = train(max_steps=21, evaluate_every=10)
+    assert [step for step, _ in recorder.evaluations] == [10, 21]
+    _, recorder, _ = train(max_steps=25, evaluate_every=10)
+    assert [step for step, _ in recorder.evaluations] == [10, 20, 25]

@@ -106,9 +106,7 @@ class FastAttention(nn.Module):
                 self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
             )
         projections = [getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj")]
-        output = _RotaryAttention.apply(
-            *projections, *position_embeddings, attention_mask, self.head_dim, self.scaling
-        )
+        output = _RotaryAttention.apply(*projections, *position_embeddings, attention_mask, self.head_dim, self.scaling)
         return self.o_proj(output), None
 
 
@@ -117,6 +115,4 @@ def use_fast_attention(module: nn.Module) -> None:
     for child in module.modules():
         kind = type(child)
         if kind.__name__ == "LlamaAttention" and not getattr(child, "attention_dropout", 0.0):
-            child.__class__ = type(
-                kind.__name__, (FastAttention, kind), {"plain_forward": staticmethod(kind.forward)}
-            )
+            child.__class__ = type(kind.__name__, (FastAttention, kind), {"plain_forward": staticmethod(kind.forward)})

@@ -1,5 +1,6 @@
 """Memory, and the machine's own matrix-multiplication rate, which training speed is held against."""
 
+import contextlib
 import ctypes
 import itertools
 import math
@@ -67,3 +68,9 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(m_mmap_threshold, 32 << 20)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def release_freed_memory() -> None:
+    """Give the pages between blocks in use back to the system: batches of ever new shapes fray the heap."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

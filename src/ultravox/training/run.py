@@ -21,12 +21,19 @@ from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file
 from ultravox.model.factory import build_model, build_processor, save_model
+from ultravox.model.fast_attention import use_fast_attention
 from ultravox.model.kernels import register_attention, use_fast_linears, use_fast_norms
 from ultravox.model.pretrained import resolve_model
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
 from ultravox.training.interrupt import StopRequest, stop_on_signals
-from ultravox.training.measure import keep_freed_memory, matmul_flop_rate, memory_bytes, peak_memory_bytes
+from ultravox.training.measure import (
+    keep_freed_memory,
+    matmul_flop_rate,
+    memory_bytes,
+    peak_memory_bytes,
+    release_freed_memory,
+)
 from ultravox.training.optim import Optimizer
 from ultravox.training.progress import TerminalProgress
 from ultravox.training.speech import SpeechData, prepare_speech
@@ -50,6 +57,8 @@ RUN_FILES = (
     "results.json",
     "report.html",
 )
+
+STEPS_BETWEEN_TIDYING = 50
 
 #: Keys that a resumed run may change, since they do not touch its numbers.
 FREE_KEYS = ("run_dir", "logging", "evaluation")
@@ -215,6 +224,17 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         run_stage(task, optimizer, settings, state=state, callbacks=callbacks, save=save, stop=context.stop)
 
 
+class _TidyMemory:
+    """Now and then gives back what the heap holds for nothing; it takes a second, and saves a third of the memory."""
+
+    def on_step(self, record: Any) -> None:
+        if record.step % STEPS_BETWEEN_TIDYING == 0:
+            release_freed_memory()
+
+    def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        release_freed_memory()
+
+
 class _Last:
     """Remembers the last loss and evaluation, for the summary."""
 
@@ -236,7 +256,7 @@ def _callbacks(context: _Stage, step: int, last: dict[str, float], stack: ExitSt
     callbacks.append(TerminalProgress(stage.name, stage.max_steps, stage.log_every))
     for callback in callbacks:
         stack.callback(callback.close)
-    return [*callbacks, _Last(last)]
+    return [*callbacks, _Last(last), *([_TidyMemory()] if stage.objective == "tune" else [])]
 
 
 def _stage_summary(
@@ -303,6 +323,7 @@ def use_fast_kernels(model: Any) -> None:
         use_fast_norms(model.language_model)
         if not dropout:
             model.language_model.set_attn_implementation(register_attention())
+            use_fast_attention(model.language_model)
 
 
 def base_models(config: RunConfig) -> dict[str, dict[str, str]]:

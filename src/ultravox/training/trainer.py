@@ -34,6 +34,11 @@ class LoopSettings:
     max_skipped_steps: int = 5
     """So many steps in a row without a finite loss and gradient end the run."""
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether it is time for a look at progress, apart from the one at the end; none just before that one."""
+        every = self.evaluate_every
+        return every > 0 and step % every == 0 and self.max_steps - step >= every / 2
+
     def lr_factor(self, step: int) -> float:
         """What the peak learning rates are multiplied by in the step after `step`."""
         return lr_factor(
@@ -134,7 +139,7 @@ def run_stage(
                 f"these clips"
             )
         last = state.step == settings.max_steps
-        if last or (settings.evaluate_every and state.step % settings.evaluate_every == 0):
+        if last or settings.evaluates_after(state.step):
             _evaluate(task, settings, state, callbacks)
         state.seconds = time.monotonic() - begin
         if last or stop or (settings.checkpoint_every and state.step % settings.checkpoint_every == 0):
