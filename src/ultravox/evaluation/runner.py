@@ -234,6 +234,22 @@ def _questions(evaluation: _Evaluation) -> tuple[dict, list[dict]]:
     return results, rows
 
 
+def _answers(system: System, questions: list[Clip], settings: Settings, progress: Progress) -> tuple[dict, list[dict]]:
+    """The ``answers`` object and its rows of predictions.jsonl; null shares where nothing can be asked."""
+    if not questions:
+        return absent_answers("no dataset of spoken questions was named"), []
+    if system.answer is None:
+        return absent_answers(system.reason("answer")), []
+    results, rows = _questions(_Evaluation(system, questions, settings, progress))
+    return results | {"source": settings.questions, "split": settings.question_split}, rows
+
+
+def _write(folder: Path, results: dict, rows: list[dict], views: dict) -> None:
+    atomic_write(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write(folder / "alignment.json", json.dumps(views, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 def _load_questions(settings: Settings) -> list[Clip]:
     """The spoken questions to ask, none where no dataset is named. DataError when one of them has no answer."""
     if settings.questions is None:
@@ -342,14 +358,7 @@ def evaluate(
 
     evaluation = _Evaluation(system, clips, settings, progress)
     results, rows, errors = _transcription(evaluation)
-    if not questions:
-        answers = absent_answers("no dataset of spoken questions was named")
-    elif system.answer is None:
-        answers = absent_answers(system.reason("answer"))
-    else:
-        answers, answer_rows = _questions(_Evaluation(system, questions, settings, progress))
-        answers |= {"source": settings.questions, "split": settings.question_split}
-        rows += answer_rows
+    answers, answer_rows = _answers(system, questions, settings, progress)
     views = _token_views(evaluation, errors)
     sources = [attribution(source, clips)]
     if settings.questions is not None:
@@ -372,7 +381,5 @@ def evaluate(
         "evaluation_peak_memory_bytes": peak_memory_bytes(),
     }
     folder = Path(output) if output is not None else default_output(found, source, split)
-    atomic_write(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    atomic_write(folder / "alignment.json", json.dumps(views, indent=1, ensure_ascii=False) + "\n")
-    atomic_write(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(folder, results, rows + answer_rows, views)
     return results, folder
