@@ -42,9 +42,13 @@ def test_a_folder_replaces_an_older_one(tmp_path):
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "folder") as folder:
-        (folder / "half.txt").write_text("half")
-        raise RuntimeError
+    def fail() -> None:
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "half.txt").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert names(tmp_path) == []
 
 

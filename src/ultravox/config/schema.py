@@ -229,7 +229,7 @@ class EvaluationConfig(Section):
     question_split: Name = Field("heldout", description="split of that dataset")
     batch_size: int = Field(16, ge=1, le=4096, description="clips decoded at once")
     max_new_tokens: int = Field(64, ge=1, le=4096, description="longest transcript or answer, in tokens")
-    num_bootstrap: int = Field(1000, ge=0, le=100_000, description="resamples behind each interval")
+    num_bootstrap: int = Field(1000, ge=1, le=100_000, description="resamples behind each interval")
     num_progress_clips: int = Field(24, ge=1, description='clips behind the "WER so far" shown while training')
 
 
