@@ -1,6 +1,6 @@
 """Why the defaults are what they are: each main hyperparameter at three points, three seeds each, in short runs.
 
-    python benchmarks/defaults.py                     # everything, about an hour on two cores
+    python benchmarks/defaults.py                     # everything, 63 runs, about two hours on two cores
     python benchmarks/defaults.py stack_factor        # one of them
     python benchmarks/defaults.py encoder             # frozen, LoRA or full encoder
 
@@ -35,7 +35,7 @@ class Sweep:
     title: str
     stage: str
     points: dict[str, list[str]]
-    default: str
+    used: str
 
 
 SWEEPS = {
@@ -117,7 +117,7 @@ def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
         "Written by `python benchmarks/defaults.py`; do not edit. Short runs on two cores, the other keys as in",
         "`configs/benchmark-align.yaml` and `configs/benchmark-tune.yaml`. WER is on clips of the training split that",
         "were kept out of training, mean over the seeds with its 95% interval (Student's t). With three seeds the",
-        "intervals are wide: a default stays where no other point is clearly better.",
+        "intervals are wide: a value stays where no other is clearly better. (used) marks those two files' value.",
     ]
     for name, sweep in SWEEPS.items():
         if name not in results:
@@ -130,7 +130,7 @@ def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
                 continue
             mean, half = mean_and_half_width([run["wer"] for run in runs])
             seconds = statistics.fmean(run["seconds"] for run in runs)
-            mark = " (default)" if point == sweep.default else ""
+            mark = " (used)" if point == sweep.used else ""
             interval = "" if math.isnan(half) else f" ± {100 * half:.1f}"
             trained = f"{runs[0]['trained'] / 1e6:.1f} M"
             lines.append(f"| {point}{mark} | {100 * mean:.1f}%{interval} | {len(runs)} | {seconds:.0f} | {trained} |")

@@ -21,7 +21,7 @@ data:
     - {{name: spoken-requests-en, task: answer, max_clips: 8}}
 stages:
   - {{name: align, max_steps: 4, evaluate_every: 0, log_every: 1, optim: {{warmup_steps: 1}}}}
-  - {{name: tune, max_steps: 2, max_batch_tokens: 300, evaluate_every: 0, log_every: 1, optim: {{warmup_steps: 1}}}}
+  - {{name: tune, max_steps: 2, max_batch_tokens: 500, evaluate_every: 0, log_every: 1, optim: {{warmup_steps: 1}}}}
 evaluation: {{num_progress_clips: 2, max_new_tokens: 8, num_bootstrap: 50}}
 """
 

@@ -109,16 +109,6 @@ def add_lora(module: nn.Module, rank: int, alpha: float, target_modules: list[st
     return len(targets)
 
 
-@torch.no_grad()
-def merge_lora(module: nn.Module) -> None:
-    """Write each adapter into its frozen weight for good and leave ordinary linear layers behind."""
-    for layer in lora_layers(module).values():
-        if not layer.merged:
-            layer.weight.copy_(layer.merged_weight())
-        del layer.lora_A, layer.lora_B
-        layer.__class__ = FastLinear  # type: ignore[assignment]
-
-
 @contextmanager
 def merged_lora(module: nn.Module) -> Iterator[None]:
     """Inside the block the adapters are merged, so that generation pays nothing for them; afterwards exact again."""
@@ -136,12 +126,3 @@ def merged_lora(module: nn.Module) -> Iterator[None]:
         for name, weight in originals.items():
             layers[name].weight.data = weight
             layers[name].merged = False
-
-
-def lora_state_dict(module: nn.Module, prefix: str = "base_model.model.") -> dict[str, Tensor]:
-    """The adapters under the names that PEFT gives them: ``base_model.model.….q_proj.lora_A.weight``."""
-    return {
-        f"{prefix}{name}.{side}.weight": getattr(layer, side).detach()
-        for name, layer in lora_layers(module).items()
-        for side in ("lora_A", "lora_B")
-    }

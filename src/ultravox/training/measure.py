@@ -55,21 +55,6 @@ def matmul_flop_rate(seconds: float = 0.5) -> float:
     return 2 * MATMUL_SIZE**3 / best
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc hand freed blocks out again instead of giving them back to the system after each step.
-
-    Activations of some MB are otherwise mapped and zeroed anew by the kernel in every layer of every step. Blocks above
-    32 MB (glibc's limit for this switch) still come and go, so that the heap does not fray. Returns whether this C
-    library knows the switches.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(m_mmap_threshold, 32 << 20)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
-
-
 def release_freed_memory() -> None:
     """Give the pages between blocks in use back to the system: batches of ever new shapes fray the heap."""
     with contextlib.suppress(OSError, AttributeError):

@@ -28,7 +28,6 @@ from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
 from ultravox.training.interrupt import StopRequest, stop_on_signals
 from ultravox.training.measure import (
-    keep_freed_memory,
     matmul_flop_rate,
     memory_bytes,
     peak_memory_bytes,
@@ -55,6 +54,8 @@ RUN_FILES = (
     "model",
     "train.json",
     "results.json",
+    "predictions.jsonl",
+    "alignment.json",
     "report.html",
 )
 
@@ -108,7 +109,6 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
         atomic_write(run_dir / "config.yaml", dump_config(config))
 
         # 2. The model; its fresh weights are a function of the seed
-        keep_freed_memory()
         seed_everything(config.seed, "model")
         processor = build_processor(config.model)
         model = build_model(config.model)
@@ -251,8 +251,11 @@ class _Last:
 def _callbacks(context: _Stage, step: int, last: dict[str, float], stack: ExitStack) -> Sequence[Any]:
     stage = context.stage
     callbacks: list[Any] = [JsonLinesLog(context.run_dir / "log.jsonl", stage.log_every, step)]
-    if context.config.logging.tensorboard and tensorboard_is_installed():
-        callbacks.append(TensorBoardLog(context.run_dir / "tensorboard", stage.log_every, step))
+    if context.config.logging.tensorboard:
+        if tensorboard_is_installed():
+            callbacks.append(TensorBoardLog(context.run_dir / "tensorboard", stage.log_every, step))
+        else:
+            Console(stderr=True).print("TensorBoard is not installed: no tensorboard/ is written; log.jsonl is")
     callbacks.append(TerminalProgress(stage.name, stage.max_steps, stage.log_every))
     for callback in callbacks:
         stack.callback(callback.close)
@@ -375,9 +378,10 @@ def _clear(run_dir: Path) -> None:
 def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
     count = sum(parameter.numel() for parameter in data.trainable.values())
     total = sum(parameter.numel() for parameter in model.parameters())
+    versions = sum(len(example.names) for example in data.examples)
     left_out = sum(len(files) for files in data.report.quarantined.values())
     text = (
-        f"{len(data.examples)} clips ({data.seconds / 60:.0f} min of speech) at {len(config.data.speeds)} speeds"
+        f"{len(data.examples)} clips ({data.seconds / 60:.0f} min of speech, {versions} versions with their speeds)"
         f"{f', {left_out} left out' if left_out else ''}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
         f"{memory_bytes() / 1e9:.1f} GB of memory"
     )

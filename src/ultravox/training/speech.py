@@ -28,6 +28,9 @@ from ultravox.metrics.normalize import normalize_english, spoken_form
 from ultravox.model.audio_encoder import WhisperAudioEncoder
 from ultravox.training.progress import bar
 
+#: Clips of this length are looked at while training, where there are enough.
+PROGRESS_SECONDS = (1.0, 6.0)
+
 
 @dataclass(slots=True)
 class Example:
@@ -223,12 +226,15 @@ Sourced = tuple[SourceConfig, Clip]
 def _keep_out(clips: list[Sourced], count: int) -> tuple[list[Sourced], list[Sourced]]:
     """A fixed few clips of the first transcribed source for "WER so far", chosen by hash; and all without their texts.
 
-    They come from the training split, at most a tenth of it: the held-out split stays unseen.
+    They come from the training split, at most a tenth of it: the held-out split stays unseen. Clips of a few words are
+    preferred, since one long clip would be most of the words and of the time that decoding takes.
     """
     first = next((source for source, _ in clips if source.task == "transcription"), None)
     candidates = [(source, clip) for source, clip in clips if source is first and normalize_english(clip.text)]
     candidates.sort(key=lambda pair: hashlib.sha256(pair[1].id.encode()).digest())
-    progress = candidates[: min(count, len(candidates) // 10)]
+    count = min(count, len(candidates) // 10)
+    handy = [pair for pair in candidates if PROGRESS_SECONDS[0] <= pair[1].duration <= PROGRESS_SECONDS[1]]
+    progress = (handy if len(handy) >= count else candidates)[:count]
     texts = {normalize_english(clip.text) for _, clip in progress}
     return progress, [(source, clip) for source, clip in clips if normalize_english(clip.text) not in texts]
 
