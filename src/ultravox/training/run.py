@@ -192,6 +192,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
             "step": state.step,
             "loop": state.to_json(),
             "random": checkpoints.random_state(),
+            "resolved_config": config.model_dump(mode="json"),
             "config": _deciding_keys(config),
             "config_sha256": hashlib.sha256(json.dumps(_deciding_keys(config), sort_keys=True).encode()).hexdigest(),
             "base_models": context.base_models,
