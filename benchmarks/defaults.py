@@ -6,7 +6,7 @@
 
 A run is `configs/benchmark-align.yaml` (CTC through the embedding rows) or `configs/benchmark-tune.yaml` (the same,
 then the language model), with one key changed. The score is the word error rate on training-split clips that were kept
-out of training; the held-out split is not touched, so nothing is chosen on it. Results are added to
+out of training; these sweeps do not touch the held-out split. Results are added to
 `benchmarks/results/defaults.json` as they come, so that a second call goes on where the first one stopped, and the
 tables in `docs/defaults.md` are written from it.
 """

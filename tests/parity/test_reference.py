@@ -19,12 +19,12 @@ CONFIG = ModelConfig(
 
 
 @pytest.fixture(scope="module")
-def paths():
+def paths(not_fetched):
     """Folders of the two bundled models."""
     try:
         return resolve_model(CONFIG.language_model), resolve_model(CONFIG.audio_encoder)
     except NetworkError as error:
-        pytest.skip(f"the bundled models are not here and cannot be fetched: {error}")
+        not_fetched(error)
 
 
 @pytest.fixture(scope="module")

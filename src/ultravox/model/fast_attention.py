@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultravox.model.kernels import attend, attend_backward
+
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """[batch, token, head · width] → rotated (Su et al. 2021, arXiv 2104.09864), [batch, head, token, width].
@@ -55,13 +57,10 @@ class _RotaryAttention(torch.autograd.Function):
         q = _turn(query, cos * scale, sin * scale, heads).view(batch * groups, -1, width)
         k = _turn(key, cos, sin, groups).view(batch * groups, tokens, width)
         v = value.view(batch, tokens, groups, width).transpose(1, 2).reshape(batch * groups, tokens, width)
-        scores = torch.bmm(q, k.transpose(1, 2))
-        if bias is not None:
-            scores.view(batch, heads, tokens, tokens).add_(bias)
-        weights = torch.softmax(scores, -1)
+        output, weights = attend(q, k, v, None if bias is None else bias.expand(batch, -1, -1, -1), heads)
         ctx.save_for_backward(q, k, v, weights, cos, sin)
         ctx.shape, ctx.scale = (batch, heads, groups, tokens, width), scale
-        return torch.bmm(weights, v).view(batch, heads, tokens, width).transpose(1, 2).reshape(batch, tokens, -1)
+        return output.view(batch, heads, tokens, width).transpose(1, 2).reshape(batch, tokens, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,11 +68,9 @@ class _RotaryAttention(torch.autograd.Function):
         batch, heads, groups, tokens, width = ctx.shape
         gradient = gradients[0].reshape(batch, tokens, heads, width).transpose(1, 2)
         gradient = gradient.reshape(batch * groups, -1, width)
-        value_gradient = torch.bmm(weights.transpose(1, 2), gradient)
-        weights_gradient = torch.bmm(gradient, v.transpose(1, 2))
-        scores_gradient = torch._softmax_backward_data(weights_gradient, weights, -1, weights.dtype)
-        query_gradient = torch.bmm(scores_gradient, k).view(batch, heads, tokens, width)
-        key_gradient = torch.bmm(scores_gradient.transpose(1, 2), q).view(batch, groups, tokens, width)
+        query_gradient, key_gradient, value_gradient = attend_backward(gradient, q, k, v, weights)
+        query_gradient = query_gradient.view(batch, heads, tokens, width)
+        key_gradient = key_gradient.view(batch, groups, tokens, width)
         value_gradient = value_gradient.view(batch, groups, tokens, width).transpose(1, 2).reshape(batch, tokens, -1)
         return (
             _turn_back(query_gradient, cos * ctx.scale, sin * ctx.scale),

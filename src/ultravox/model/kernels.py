@@ -121,6 +121,34 @@ def use_fast_norms(module: nn.Module) -> None:
             child.__class__ = type(kind.__name__, (FastRmsNorm, kind), {"plain_forward": staticmethod(kind.forward)})
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+    """Softmax attention with grouped keys, which are never repeated; the scale is in the queries already.
+
+    Args:
+        query: [batch * group, heads of a group * target, width]; key, value: [batch * group, source, width].
+        bias: added to the scores, [batch, 1 or head, target, source].
+        heads: of the queries.
+
+    Returns:
+        the attended values, formed as the queries are, and the weights, which `attend_backward` wants.
+    """
+    scores = torch.bmm(query, key.transpose(1, 2))
+    if bias is not None:
+        scores.view(len(bias), heads, -1, key.shape[1]).add_(bias)
+    weights = torch.softmax(scores, -1)
+    return torch.bmm(weights, value), weights
+
+
+def attend_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend`'s query, key and value from that of its result."""
+    value_gradient = torch.bmm(weights.transpose(1, 2), gradient)
+    weights_gradient = torch.bmm(gradient, value.transpose(1, 2))
+    scores_gradient = torch._softmax_backward_data(weights_gradient, weights, -1, weights.dtype)
+    return torch.bmm(scores_gradient, key), torch.bmm(scores_gradient.transpose(1, 2), query), value_gradient
+
+
 class _Attention(torch.autograd.Function):
     """Softmax attention for short sequences with grouped keys, which are never repeated.
 
@@ -134,27 +162,19 @@ class _Attention(torch.autograd.Function):
         q = (query * scale).reshape(batch * groups, -1, width)
         k = key.reshape(batch * groups, sources, width)
         v = value.reshape(batch * groups, sources, -1)
-        scores = torch.bmm(q, k.transpose(1, 2))
-        if bias is not None:
-            scores.view(batch, heads, targets, sources).add_(bias)
-        weights = torch.softmax(scores, -1)
+        output, weights = attend(q, k, v, None if bias is None else bias.expand(batch, -1, -1, -1), heads)
         ctx.save_for_backward(q, k, v, weights)
         ctx.shapes, ctx.scale = (query.shape, key.shape, value.shape), scale
-        return torch.bmm(weights, v).view(batch, heads, targets, -1)
+        return output.view(batch, heads, targets, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         query_shape, key_shape, value_shape = ctx.shapes
         gradient = gradients[0].reshape(q.shape[0], q.shape[1], -1)
-        value_gradient = torch.bmm(weights.transpose(1, 2), gradient)
-        scores_gradient = torch._softmax_backward_data(
-            torch.bmm(gradient, v.transpose(1, 2)), weights, -1, weights.dtype
-        )
-        query_gradient = torch.bmm(scores_gradient, k).mul_(ctx.scale)
-        key_gradient = torch.bmm(scores_gradient.transpose(1, 2), q)
+        query_gradient, key_gradient, value_gradient = attend_backward(gradient, q, k, v, weights)
         return (
-            query_gradient.view(query_shape),
+            query_gradient.mul_(ctx.scale).view(query_shape),
             key_gradient.view(key_shape),
             value_gradient.view(value_shape),
             None,
