@@ -49,7 +49,7 @@ quickstart: $(VENV)/.installed ## fetch, train, evaluate, report, and one spoken
 	@echo "The report is $(RUN)/report.html; open it in a browser."
 
 test: $(VENV)/.installed ## run the tests (set PYTEST_ARGS to choose); what they read is fetched first
-	$(BIN)/ultravox models fetch smollm2-135m-instruct whisper-tiny.en
+	$(BIN)/ultravox models fetch smollm2-135m-instruct whisper-tiny.en whisper-base
 	$(BIN)/ultravox data fetch asterisk-en synthetic-en spoken-requests-en
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- numbers: written by benchmarks/readme.py -->", "<!-- end of numbers -->"
 
 
@@ -48,6 +47,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         ("Bound: the transcript given as text, WER", lambda run: rate(run["bounds"]["text"])),
         ("Spoken questions answered as the LLM answers their text", lambda run: rate(run["answers"], "share")),
         ("The same with another question's audio", lambda run: rate(run["answers"]["swapped"], "share")),
+        ("Bound: the same with the question as text", lambda run: rate(run["answers"]["text"], "share")),
         ("Training time, encoding included", lambda run: f"{run['train']['train_seconds'] / 60:.1f} min"),
         ("Peak memory of training", lambda run: f"{run['train']['peak_memory_bytes'] / 1e9:.1f} GB"),
         ("Alignment, audio seconds per second", lambda run: f"{stage(run, 'align', 'audio_seconds_per_second'):.0f}"),
@@ -59,6 +59,10 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     lines = [f"Held out: {clips} clips, {words} words; 95% bootstrap intervals in brackets; two CPU cores.", ""]
     lines += ["| | " + " | ".join(f"`{name}`" for name in runs) + " |", "|---" * (len(runs) + 1) + "|"]
     lines += [f"| {label} | " + " | ".join(cell(run) for run in runs.values()) + " |" for label, cell in rows]
+    lines += [
+        "",
+        f"Answered as the LLM answers the text ({first['answers']['n']} questions): {first['answers']['rule']}",
+    ]
     return "\n".join(lines)
 
 
@@ -66,14 +70,17 @@ def main() -> None:
     """Keep the runs' figures, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="evaluated run folders; none = the kept ones")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for run in parser.parse_args().runs:
-        (RESULTS / f"{run.name}.json").write_text(json.dumps(summary(run), indent=1) + "\n")
-    names = [name for name in ("quickstart", "asterisk-long") if (RESULTS / f"{name}.json").is_file()]
-    readme = ROOT / "README.md"
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="default: the repository's")
+    parser.add_argument("--kept", type=Path, default=ROOT / "benchmarks" / "results", help="folder of kept figures")
+    arguments = parser.parse_args()
+    readme, kept = arguments.readme, arguments.kept
+    kept.mkdir(parents=True, exist_ok=True)
+    for run in arguments.runs:
+        (kept / f"{run.name}.json").write_text(json.dumps(summary(run), indent=1) + "\n")
+    names = [name for name in ("quickstart", "asterisk-long") if (kept / f"{name}.json").is_file()]
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    runs = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in names}
+    runs = {name: json.loads((kept / f"{name}.json").read_text()) for name in names}
     readme.write_text(f"{before}{BEGIN}\n{table(runs)}\n{END}{after}")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,9 @@ def blocks(language: str) -> list[str]:
 
 
 def readme_commands() -> list[str]:
-    """Each line of each shell block."""
-    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    """Each line of each shell block, and each command in the text."""
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return lines + re.findall(r"`(\.venv/bin/[^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
 
 
 def quickstart_commands() -> list[str]:
@@ -54,6 +56,9 @@ class Shortened:
         words = [self._replace(word) for word in words]
         if "evaluate" in words:
             words += ["--limit", "3"]
+        if "benchmarks/readme.py" in words:  # into a copy: the repository's own numbers are not those of a short run
+            shutil.copy(ROOT / "README.md", self.folder)
+            words += ["--readme", str(self.folder / "README.md"), "--kept", str(self.folder / "kept")]
         if "train" in words and "--run_dir" not in words:
             words += ["--run_dir", str(self.folder / "quickstart")]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -100,13 +105,24 @@ def test_the_quickstart_leaves_what_the_readme_says(shortened: Shortened):
 def test_there_are_commands():
     assert "make quickstart" in readme_commands()
     assert "make test" in readme_commands()
+    assert {"make lint", "make test"} <= set((ROOT / ".ci" / "run").read_text().splitlines()), "CI runs these two whole"
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if "/ultravox" in c and "chat" not in c])
+@pytest.mark.parametrize("command", [c for c in readme_commands() if ".venv/bin/" in c and "chat" not in c])
 def test_command(command: str, shortened: Shortened):
     done = shortened.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout or "train" in command
+    assert done.stdout or "train" in command or "benchmarks" in command
+
+
+def test_the_numbers_are_made_from_the_run(shortened: Shortened):
+    done = shortened.run(".venv/bin/python benchmarks/readme.py runs/quickstart")
+    assert done.returncode == 0, done.stderr[-3000:]
+    wer = json.loads((shortened.folder / "quickstart" / "results.json").read_text())["wer"]
+    written = (shortened.folder / "README.md").read_text()
+    assert f"Held out: 3 clips, {wer['num_words']} words" in written
+    assert f"| **Word error rate**, held-out human speech | **{100 * wer['value']:.1f}% [" in written
+    assert written.partition("### What just happened")[2] == README.partition("### What just happened")[2]
 
 
 def test_chat(shortened: Shortened):

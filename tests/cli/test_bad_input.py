@@ -64,6 +64,20 @@ def fails_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> s
     return captured.err
 
 
+@pytest.mark.parametrize("part", ["language_model", "audio_encoder"])
+def test_a_hub_model_without_a_network(part, tiny_models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ULTRAVOX_HOME", str(tmp_path / "home"))
+    models = {"language_model": str(tiny_models.llama), "audio_encoder": str(tiny_models.whisper), part: "no-one/none"}
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"run_dir: {tmp_path}/run\nmodel: {models}\ndata: {{sources: [{{name: asterisk-en, task: transcription}}]}}\n"
+        "stages: [{name: align, objective: align, max_steps: 1, optim: {lr: {projector: 1e-3}}}]\n"
+    )
+    error = fails_in_one_line(["train", str(config)], capsys)
+    assert "'no-one/none' could be loaded" in error
+    assert "a hub id and a network" in error
+
+
 @pytest.mark.parametrize("make", [empty, zero_length, truncated, not_audio, not_a_number, three_hours])
 @pytest.mark.parametrize("command", ["ask", "transcribe"])
 def test_broken_audio(command, make, tiny_checkpoint, tmp_path, capsys):

@@ -84,6 +84,21 @@ def test_broken_packages_leave_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert list((tmp_path / "data").iterdir()) == []
 
 
+def test_no_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "apt-get").write_text("#!/bin/sh\necho \"E: Could not resolve 'deb.debian.org'\" >&2\nexit 100\n")
+    (tools / "dpkg-deb").write_text("#!/bin/sh\nexit 1\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("ULTRAVOX_HOME", str(tmp_path / "home"))
+    with pytest.raises(NetworkError, match=r"`apt-get update` failed \(E: Could not resolve .*connect to the") as error:
+        asterisk.fetch_asterisk_en()
+    assert "\n" not in str(error.value)
+    assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
+
+
 def test_without_apt_a_stand_in_is_made_loudly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

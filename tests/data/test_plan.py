@@ -33,6 +33,16 @@ def test_little_padding(lengths):
         assert padding_share(lengths, plan_batches(lengths, 1000, seed=0, epoch=epoch)) <= 0.05
 
 
+@pytest.mark.parametrize("budget", [400, 1200, 8000])
+def test_packed_batches_count_no_padding(lengths, budget):
+    lengths = np.minimum(lengths, 200)
+    batches = plan_batches(lengths, budget, seed=1, epoch=0, count_padding=False)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    assert max(lengths[batch].sum() for batch in batches) <= budget
+    assert len(batches) <= len(plan_batches(lengths, budget, seed=1, epoch=0))
+    assert len(batches) <= np.ceil(lengths.sum() / (budget - 100))
+
+
 def test_two_parts_are_padded_apart(lengths):
     parts = np.stack([lengths, np.random.default_rng(1).permutation(lengths) // 4 + 1], axis=1)
     for batch in plan_batches(parts, 2000, seed=0, epoch=0):

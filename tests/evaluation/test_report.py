@@ -100,6 +100,16 @@ def test_without_log_questions_or_data(run_folder, dataset, deaf_system, tmp_pat
     assert page.count("polyline") == 0
 
 
+def test_a_synthetic_stand_in_is_named(run_folder, dataset, listening_system, tmp_path):
+    warning = "synthetic stand-in: the figures are not those of human speech"
+    evaluate(run_folder, str(dataset), system=listening_system, output=tmp_path / "real")
+    assert warning not in write_report(tmp_path / "real").read_text()
+    described = json.loads((dataset / "dataset.json").read_text())
+    (dataset / "dataset.json").write_text(json.dumps(described | {"stand_in": True}))
+    evaluate(run_folder, str(dataset), system=listening_system, output=tmp_path / "out")
+    assert warning in write_report(tmp_path / "out").read_text()
+
+
 def test_no_results_is_a_clear_error(tmp_path):
     with pytest.raises(DataError, match="run `ultravox evaluate` first"):
         write_report(tmp_path)
@@ -112,6 +122,16 @@ def test_curves_put_stages_after_each_other(run_folder):
     assert curves.stages[1][2] == pytest.approx((9.5 + 32) / 60)
     assert curves.wer[0].x == [pytest.approx(9.5 / 60)]  # an evaluation has the time of the step before it
     assert curves.wer[1].y == [0.3]
+
+
+def test_only_the_last_line_of_a_log_may_be_half(run_folder):
+    log = run_folder / "log.jsonl"
+    whole, text = read_curves(log), log.read_text()
+    log.write_text(text + '{"stage": "tu')
+    assert read_curves(log) == whole
+    log.write_text('{"stage": "al\n' + text)
+    with pytest.raises(DataError, match=r"log\.jsonl, line 1: not a JSON object"):
+        read_curves(log)
 
 
 def test_png_holds_the_pixels():

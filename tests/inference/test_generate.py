@@ -7,7 +7,7 @@ import torch
 import ultravox
 from ultravox.audio.waveform import write_waveform
 from ultravox.data.prompts import messages_for, render, render_prompt, user_message
-from ultravox.errors import DataError
+from ultravox.errors import AudioError, DataError
 from ultravox.inference.api import Ultravox
 from ultravox.inference.generate import Decoding, answer_batch, generate_tokens, stream_answer, stream_text, transcribe
 
@@ -43,6 +43,16 @@ def test_batches_equal_single_clips_and_keep_the_order(talker):
     assert together == alone
     assert len(set(together)) > 1, "all answers are alike, so the order was not tested"
     assert transcribe(talker.model, talker.processor, []) == []
+
+
+def test_waveforms_of_integers_are_scaled(talker):
+    (clip,) = waveforms(0.7)
+    integers = np.round(clip * 32768).astype(np.int16)
+    assert talker.transcribe(integers, max_new_tokens=12) == talker.transcribe(clip, max_new_tokens=12)
+    with pytest.raises(AudioError, match=r"one axis, \[sample\] at 16 kHz, but this one is \(2, 100\)"):
+        talker.ask(np.zeros((2, 100), np.float32))
+    with pytest.raises(AudioError, match="floats or signed integers, but this one holds uint8"):
+        talker.ask(np.zeros(100, np.uint8))
 
 
 def test_loop_equals_hugging_faces(talker):

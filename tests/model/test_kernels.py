@@ -7,7 +7,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ultravox.model.adapters import add_lora, lora_layers, merged_lora
-from ultravox.model.fast_attention import use_fast_attention
+from ultravox.model.fast_attention import Packing, takes_packed_rows, use_fast_attention
+from ultravox.model.fast_mlp import use_fast_mlps
 from ultravox.model.kernels import register_attention, use_fast_linears, use_fast_norms
 
 
@@ -58,6 +59,7 @@ def test_a_whole_language_model_is_the_same_with_fast_kernels():
     names = list(model.state_dict())
     use_fast_linears(model)
     use_fast_norms(model)
+    use_fast_mlps(model)
     model.set_attn_implementation(register_attention())
     use_fast_attention(model)
     model.train()
@@ -65,6 +67,27 @@ def test_a_whole_language_model_is_the_same_with_fast_kernels():
     output = model(inputs_embeds=x).logits
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(gradients(output, [x])[0], reference)
+
+
+def test_an_adapted_swiglu_layer_is_the_same_in_one_step():
+    model = tiny_llama()
+    plain = model.model.layers[0].mlp
+    add_lora(plain, 4, 8.0, ["gate_proj", "up_proj", "down_proj"])
+    for layer in lora_layers(plain).values():
+        nn.init.normal_(layer.lora_B)
+    adapters = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    assert len(adapters) == 6
+    x = torch.randn(3, 9, 32, requires_grad=True)
+    expected = plain(x)
+    reference = gradients(expected, [x, *adapters])
+    use_fast_mlps(model)
+    output = plain(x)
+    assert "_LoraSwiglu" in str(output.grad_fn.next_functions)
+    torch.testing.assert_close(output, expected)
+    for mine, other in zip(gradients(output, [x, *adapters]), reference, strict=True):
+        torch.testing.assert_close(mine, other)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), expected)
 
 
 def test_a_norm_that_trains_keeps_its_gradient():
@@ -95,3 +118,23 @@ def test_grouped_rotary_attention_in_double_precision():
     bias = torch.full((1, 1, 5, 5), -torch.inf, dtype=torch.float64).triu(1)
     rest = (angles.cos(), angles.sin(), bias, 8, 0.3)
     assert torch.autograd.gradcheck(lambda *qkv: _RotaryAttention.apply(*qkv, *rest), (query, key, value))
+
+
+def test_packed_rows_train_as_padded_ones_do():
+    model = tiny_llama()
+    model.set_attn_implementation(register_attention())
+    x = torch.randn(3, 40, 32, requires_grad=True)
+    mask = torch.arange(40) < torch.tensor([[40], [7], [23]])
+    weight = torch.randn(3, 40, 32) * mask[:, :, None]
+    expected = model.model(inputs_embeds=x).last_hidden_state
+    (reference,) = torch.autograd.grad((expected * weight).sum(), x)
+    assert not takes_packed_rows(model)
+    use_fast_attention(model)
+    assert takes_packed_rows(model.train())
+    packing = Packing.of(mask)
+    assert packing.num_rows == 70 and len(packing.to_packed) == 96
+    output = packing.unpack(
+        model.model(inputs_embeds=packing.pack(x), use_cache=False, **packing.arguments(x)).last_hidden_state
+    )
+    torch.testing.assert_close(output[mask], expected[mask])
+    torch.testing.assert_close(torch.autograd.grad((output * weight).sum(), x)[0], reference)

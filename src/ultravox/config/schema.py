@@ -199,7 +199,9 @@ class StageConfig(Section):
     objective: Literal["align", "tune"] = Field(description="what is learnt")
     max_steps: int = Field(ge=0, description="optimizer steps; 0 leaves the stage out")
     max_batch_tokens: int = Field(
-        4096, ge=1, description="budget of one batch, padding included: audio positions (align), all positions (tune)"
+        4096,
+        ge=1,
+        description="budget of one batch: audio positions, padding included (align); all positions, without it (tune)",
     )
     accumulation_steps: int = Field(1, ge=1, le=10_000, description="batches per optimizer step")
     sources: list[Name] | None = Field(None, min_length=1, description="names of the data.sources to use; null = all")

@@ -25,13 +25,20 @@ class BatchOrder:
     """
 
     def __init__(
-        self, lengths: Sequence[Sequence[int]] | np.ndarray, repeats: Sequence[int], max_batch_tokens: int, seed: int
+        self,
+        lengths: Sequence[Sequence[int]] | np.ndarray,
+        repeats: Sequence[int],
+        max_batch_tokens: int,
+        seed: int,
+        *,
+        count_padding: bool = True,
     ) -> None:
         """Args:
         lengths: tokens of each version of each example, [example, version]; 0 = that version does not exist.
         repeats: how often each example comes in one epoch, [example].
-        max_batch_tokens: budget of a batch, padding included.
+        max_batch_tokens: budget of a batch.
         seed: of the run.
+        count_padding: whether padding counts in the budget.
         """
         self._lengths = np.asarray(lengths, dtype=np.int64).reshape(len(repeats), -1)
         self._exists = [np.flatnonzero(row > 0) for row in self._lengths]
@@ -39,7 +46,7 @@ class BatchOrder:
         self._copies = np.concatenate([np.arange(count) for count in repeats]) if len(repeats) else np.zeros(0, int)
         self._repeats = np.asarray(repeats)
         self._offsets = np.random.default_rng([seed, 0x5EED]).integers(0, 1 << 30, len(repeats))
-        self._budget, self._seed = max_batch_tokens, seed
+        self._budget, self._seed, self._count_padding = max_batch_tokens, seed, count_padding
         self._plans: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -49,7 +56,8 @@ class BatchOrder:
             versions = np.array([found[i % len(found)] for found, i in zip(choices, turn, strict=True)], dtype=np.int64)
             lengths = self._lengths[self._examples, versions]
             self._plans = {e: p for e, p in self._plans.items() if e == epoch - 1}  # the last two are enough
-            self._plans[epoch] = (versions, plan_batches(lengths, self._budget, self._seed, epoch))
+            batches = plan_batches(lengths, self._budget, self._seed, epoch, count_padding=self._count_padding)
+            self._plans[epoch] = (versions, batches)
         return self._plans[epoch]
 
     def num_batches(self, epoch: int) -> int:

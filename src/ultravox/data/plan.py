@@ -3,7 +3,8 @@
 So the place in the data order is two integers, an epoch and a batch index, and a resumed run needs nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -13,15 +14,18 @@ from ultravox.errors import DataError
 LENGTH_JITTER = 0.02
 
 
-def plan_batches(lengths: np.ndarray | Sequence[int], max_batch_tokens: int, seed: int, epoch: int) -> list[np.ndarray]:
+def plan_batches(
+    lengths: np.ndarray | Sequence[int], max_batch_tokens: int, seed: int, epoch: int, *, count_padding: bool = True
+) -> list[np.ndarray]:
     """Cut one epoch into batches of like length, in random order.
 
     Args:
         lengths: tokens of each example, [item], or [item, part] when an example has parts that are padded apart
             (audio and text): a batch then costs its size times the sum of each part's maximum.
-        max_batch_tokens: budget of one batch, its padding included.
+        max_batch_tokens: budget of one batch.
         seed: of the run.
         epoch: counts from 0.
+        count_padding: whether padding counts in the budget; what is packed has none.
 
     Returns: arrays of item indices; every item is in exactly one.
 
@@ -44,7 +48,8 @@ def plan_batches(lengths: np.ndarray | Sequence[int], max_batch_tokens: int, see
     # The added [0, 1) breaks ties between equal lengths at random.
     keys = total * (1 + LENGTH_JITTER * random.uniform(-1, 1, len(total))) + random.random(len(total))
     order = np.argsort(keys, kind="stable")
-    batches = [order[start:stop] for start, stop in _even_cut(parts[order], max_batch_tokens)]
+    cut = partial(_cut, parts[order]) if count_padding else partial(_packed_cut, total[order])
+    batches = [order[start:stop] for start, stop in _even_cut(cut, int(total.max()), max_batch_tokens)]
     return [batches[index] for index in random.permutation(len(batches))]
 
 
@@ -66,13 +71,24 @@ def _cut(parts: np.ndarray, budget: int) -> list[tuple[int, int]]:
     return cuts
 
 
-def _even_cut(parts: np.ndarray, budget: int) -> list[tuple[int, int]]:
+def _packed_cut(lengths: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """Greedy cuts of [item] so that the sum of lengths stays within the budget."""
+    ends = lengths.cumsum()
+    cuts, start, done = [], 0, 0
+    while start < len(lengths):
+        stop = int(np.searchsorted(ends, done + budget, side="right"))
+        cuts.append((start, stop))
+        start, done = stop, int(ends[stop - 1])
+    return cuts
+
+
+def _even_cut(cut: Callable[[int], list[tuple[int, int]]], longest: int, budget: int) -> list[tuple[int, int]]:
     """As few cuts as the budget allows, evenly filled: no small left-over batch with a noisy gradient."""
-    cuts = _cut(parts, budget)
-    low, high = int(parts.sum(axis=1).max()), budget
+    cuts = cut(budget)
+    low, high = longest, budget
     while high - low > max(1, budget // 100):
         middle = (low + high) // 2
-        fewer = _cut(parts, middle)
+        fewer = cut(middle)
         if len(fewer) == len(cuts):
             cuts, high = fewer, middle
         else:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ultravox.errors import DataError
 from ultravox.evaluation.figures import Series
 
 MAX_POINTS = 300  # for each line: more than a screen shows
@@ -21,11 +22,16 @@ class Curves:
 
 def _rows(path: Path) -> list[dict]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a run that was killed leaves half a last line; it is no measurement
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break  # a run that was killed leaves half a last line; it is no measurement
+            raise DataError(
+                f"{path}, line {number}: not a JSON object ({error}); move the log away to go on"
+            ) from error
         if isinstance(row, dict) and isinstance(row.get("stage"), str):
             rows.append(row)
     return rows
@@ -50,7 +56,7 @@ def _thin(series: Series) -> Series:
 
 
 def read_curves(path: Path) -> Curves:
-    """Curves of a log; empty ones when there is no log.
+    """Curves of a log; empty ones when there is no log, DataError when a line of it is broken.
 
     ``elapsed_seconds`` counts from the beginning of its stage; rows without it (evaluations) belong to the row before.
     """

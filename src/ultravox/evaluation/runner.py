@@ -245,7 +245,8 @@ def _answers(system: System, questions: list[Clip], settings: Settings, progress
 
 
 def _write(folder: Path, results: dict, rows: list[dict], views: dict) -> None:
-    atomic_write(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [json.dumps({"version": RESULTS_VERSION, **row}, ensure_ascii=False) + "\n" for row in rows]
+    atomic_write(folder / "predictions.jsonl", "".join(lines))
     atomic_write(folder / "alignment.json", json.dumps(views, indent=1, ensure_ascii=False) + "\n")
     atomic_write(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -279,6 +280,14 @@ def _token_views(evaluation: _Evaluation, errors: Sequence[int]) -> dict:
         clip = evaluation.clips[index]
         clips.append({"id": clip.id, **function(load_waveform(clip.audio)).as_dict()})
     return {"version": RESULTS_VERSION, "method": TOKEN_VIEW_METHOD, "clips": clips}
+
+
+def is_stand_in(source: str) -> bool:
+    """Whether a dataset says that it was synthesised in the place of recordings that could not be had."""
+    try:
+        return bool(read_dataset(source).get("stand_in", False))
+    except DataError:  # a bare manifest has no description
+        return False
 
 
 def attribution(source: str, clips: Sequence[Clip]) -> dict[str, str]:
@@ -372,6 +381,7 @@ def evaluate(
             "split_clips": len(all_clips),
             "limit": len(clips) if len(clips) < len(all_clips) else None,
             "seconds": round(sum(clip.duration for clip in clips), 3),
+            "stand_in": is_stand_in(source),
         },
         **results,
         "answers": answers,

@@ -8,6 +8,7 @@ import numpy as np
 
 from ultravox.audio.waveform import load_waveform
 from ultravox.data.prompts import user_message
+from ultravox.errors import AudioError
 from ultravox.inference.conversation import Conversation
 from ultravox.inference.generate import Decoding, stream_answer, transcribe
 from ultravox.model.factory import load_model
@@ -15,7 +16,7 @@ from ultravox.model.modeling import UltravoxModel
 from ultravox.model.processing import UltravoxProcessor
 
 Audio = str | Path | bytes | BinaryIO | np.ndarray
-"""A file, its content, or a waveform float [sample] at 16 kHz."""
+"""A file, its content, or a waveform [sample] at 16 kHz: floats in [-1, 1], or integers of any width."""
 
 
 class Ultravox:
@@ -77,8 +78,18 @@ def load(checkpoint: str | Path) -> Ultravox:
 
 
 def load_waveforms(audio: Audio | Sequence[Audio] | None) -> list[np.ndarray]:
-    """Waveforms float32 [sample] of one recording or several."""
+    """Waveforms float32 [sample] of one recording or several; integers are scaled to [-1, 1]."""
     if audio is None:
         return []
     many: list[Any] = list(audio) if isinstance(audio, list | tuple) else [audio]
-    return [np.asarray(one, dtype=np.float32) if isinstance(one, np.ndarray) else load_waveform(one) for one in many]
+    return [_as_float(one) if isinstance(one, np.ndarray) else load_waveform(one) for one in many]
+
+
+def _as_float(samples: np.ndarray) -> np.ndarray:
+    if samples.ndim != 1:
+        raise AudioError(f"a waveform array must have one axis, [sample] at 16 kHz, but this one is {samples.shape}")
+    if np.issubdtype(samples.dtype, np.signedinteger):
+        return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
+    if not np.issubdtype(samples.dtype, np.floating):
+        raise AudioError(f"a waveform array must hold floats or signed integers, but this one holds {samples.dtype}")
+    return samples.astype(np.float32, copy=False)

@@ -286,7 +286,8 @@ def _convolution_layers(config: PretrainedConfig) -> list[list[int]] | None:
 
 
 def _normalizes(path: str) -> bool:
+    """Whether an encoder wants waveforms of mean 0 and variance 1; where nothing says so, transformers' default."""
     try:
         return bool(AutoFeatureExtractor.from_pretrained(path).do_normalize)
-    except OSError:
+    except OSError:  # no preprocessor_config.json; a hub that is out of reach is noticed with the weights, just after
         return True

@@ -164,6 +164,16 @@ def fetch_model(name: str) -> Path:
     return folder
 
 
+def hub_commit(name: str) -> str:
+    """The commit that a hub id's cached files are of; ModelError when nothing of it is cached."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, "config.json")
+    if not isinstance(path, str):
+        raise ModelError(f"the hub's cache holds no config.json of {name!r}, so its version cannot be told")
+    return Path(path).parent.name
+
+
 def resolve_model(name_or_path: str | Path) -> str:
     """What ``from_pretrained`` takes: a bundled name's folder (fetched on first use), a local folder, or a hub id."""
     text = str(name_or_path)

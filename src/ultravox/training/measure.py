@@ -1,7 +1,5 @@
 """Memory, and the machine's own matrix-multiplication rate, which training speed is held against."""
 
-import contextlib
-import ctypes
 import itertools
 import math
 import os
@@ -53,9 +51,3 @@ def matmul_flop_rate(seconds: float = 0.5) -> float:
             product()
             best = min(best, time.perf_counter() - start)
     return 2 * MATMUL_SIZE**3 / best
-
-
-def release_freed_memory() -> None:
-    """Give the pages between blocks in use back to the system: batches of ever new shapes fray the heap."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

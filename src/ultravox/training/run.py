@@ -22,17 +22,14 @@ from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file
 from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.fast_attention import use_fast_attention
+from ultravox.model.fast_mlp import use_fast_mlps
 from ultravox.model.kernels import register_attention, use_fast_linears, use_fast_norms
-from ultravox.model.pretrained import resolve_model
+from ultravox.model.pretrained import hub_commit, resolve_model
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
 from ultravox.training.interrupt import StopRequest, stop_on_signals
-from ultravox.training.measure import (
-    matmul_flop_rate,
-    memory_bytes,
-    peak_memory_bytes,
-    release_freed_memory,
-)
+from ultravox.training.measure import matmul_flop_rate, memory_bytes, peak_memory_bytes
+from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.optim import Optimizer
 from ultravox.training.progress import TerminalProgress
 from ultravox.training.speech import SpeechData, prepare_speech
@@ -58,8 +55,6 @@ RUN_FILES = (
     "alignment.json",
     "report.html",
 )
-
-STEPS_BETWEEN_TIDYING = 50
 
 #: Keys that a resumed run may change, since they do not touch its numbers.
 FREE_KEYS = ("run_dir", "logging", "evaluation")
@@ -101,11 +96,9 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
         if not resume:
             _clear(run_dir)
         start = checkpoints.load_checkpoint(found[-1]) if resume and found else None
-        bases = base_models(config)
         if start is not None:
             saved, current = start.state["config"], _deciding_keys(config)
             checkpoints.require_same(saved, current, "the configuration", found[-1])
-            checkpoints.require_same(start.state["base_models"], bases, "a base model", found[-1])
         atomic_write(run_dir / "config.yaml", dump_config(config))
 
         # 2. The model; its fresh weights are a function of the seed
@@ -113,6 +106,9 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
         processor = build_processor(config.model)
         model = build_model(config.model)
         use_fast_kernels(model)
+        bases = base_models(config)  # after loading: only then is a hub model's commit known
+        if start is not None:
+            checkpoints.require_same(start.state["base_models"], bases, "a base model", found[-1])
 
         # 3. The data: clips, tokens, features of the frozen encoder
         data = prepare_speech(config, model, processor)
@@ -220,20 +216,11 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         evaluate_every=stage.evaluate_every,
         checkpoint_every=stage.checkpoint_every,
     )
+    release_freed_memory()  # what the stage before has left
+    keep_freed_memory()
     with ExitStack() as stack:
         callbacks = _callbacks(context, state.step, last, stack)
         run_stage(task, optimizer, settings, state=state, callbacks=callbacks, save=save, stop=context.stop)
-
-
-class _TidyMemory:
-    """Now and then gives back what the heap holds for nothing; it takes a second, and saves a third of the memory."""
-
-    def on_step(self, record: Any) -> None:
-        if record.step % STEPS_BETWEEN_TIDYING == 0:
-            release_freed_memory()
-
-    def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        release_freed_memory()
 
 
 class _Last:
@@ -260,7 +247,7 @@ def _callbacks(context: _Stage, step: int, last: dict[str, float], stack: ExitSt
     callbacks.append(TerminalProgress(stage.name, stage.max_steps, stage.log_every))
     for callback in callbacks:
         stack.callback(callback.close)
-    return [*callbacks, _Last(last), *([_TidyMemory()] if stage.objective == "tune" else [])]
+    return [*callbacks, _Last(last)]
 
 
 def _stage_summary(
@@ -320,25 +307,29 @@ def seed_everything(seed: int, purpose: str) -> None:
 
 
 def use_fast_kernels(model: Any) -> None:
-    """Linear layers, norms and attention as a CPU likes them; the same numbers up to rounding."""
+    """Linear layers, norms, SwiGLU and attention as a CPU likes them; the same numbers up to rounding."""
     dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
     if model.device.type == "cpu" and model.dtype == torch.float32:
         use_fast_linears(model)
         use_fast_norms(model.language_model)
+        use_fast_mlps(model.language_model)
         if not dropout:
             model.language_model.set_attn_implementation(register_attention())
             use_fast_attention(model.language_model)
 
 
 def base_models(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Name and content hash of the pretrained models that a run starts from."""
+    """Name of the pretrained models that a run starts from, and their content's hash or, from the hub, their commit."""
     found = {}
     for part in ("language_model", "audio_encoder"):
         name = getattr(config.model, part)
         folder = Path(resolve_model(name))
-        weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json"))
-        digest = hashlib.sha256("".join(sha256_file(path) for path in weights).encode()).hexdigest()
-        found[part] = {"name": name, "sha256": digest if weights else "unknown: a hub id"}
+        if folder.is_dir():
+            files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("config.json")])
+            digest = hashlib.sha256("".join(sha256_file(path) for path in files).encode()).hexdigest()
+            found[part] = {"name": name, "sha256": digest}
+        else:
+            found[part] = {"name": name, "commit": hub_commit(name)}
     return found
 
 

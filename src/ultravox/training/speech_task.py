@@ -42,6 +42,7 @@ class SpeechTask(abc.ABC):
 
     parts: tuple[str, ...]
     """Parts of the model that this objective trains, where they train at all."""
+    budget_counts_padding = True
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.model, self.tokenizer, self.data, self.stage, self.seed = model, processor.tokenizer, data, stage, seed
@@ -52,7 +53,9 @@ class SpeechTask(abc.ABC):
         chosen = [e for e in data.examples if stage.sources is None or e.source in stage.sources]
         self.examples, lengths = self._select(chosen)
         repeats = [example.repeat for example in self.examples]
-        self._order = BatchOrder(lengths, repeats, stage.max_batch_tokens, seed)
+        self._order = BatchOrder(
+            lengths, repeats, stage.max_batch_tokens, seed, count_padding=self.budget_counts_padding
+        )
 
     @abc.abstractmethod
     def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:

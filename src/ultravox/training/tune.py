@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ultravox.config.schema import StageConfig
 from ultravox.data.collate import collate_tokens, loss_mask
 from ultravox.model.adapters import lora_layers, merged_lora
+from ultravox.model.fast_attention import Packing, takes_packed_rows
 from ultravox.objectives.cross_entropy import cross_entropy
 from ultravox.training.speech import Example, SpeechData
 from ultravox.training.speech_task import SpeechBatch, SpeechTask
@@ -19,11 +20,13 @@ class TuneTask(SpeechTask):
     """Transcriptions and answers, each in its conversation."""
 
     parts = ("projector", "language_model", "audio_encoder")
+    budget_counts_padding = False
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.audio_token_id = int(model.config.audio_token_index)
         super().__init__(model, processor, data, stage, seed)
         self.pad_token_id = int(self.tokenizer.pad_token_id)
+        self._packs = takes_packed_rows(model.get_decoder())
         kind = stage.tune.loss_mask
         self._masks = {id(e): loss_mask(e.input_ids, e.supervised, self.audio_token_id, kind) for e in self.examples}
 
@@ -48,10 +51,19 @@ class TuneTask(SpeechTask):
             pad_token_id=self.pad_token_id,
         )
         inputs = self.model.embed(tokens.input_ids, embeddings, token_lengths)
-        # Padding is on the right, where a causal model cannot look from: no mask is needed, and attention is faster.
-        hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        hidden = self._hidden_states(inputs, tokens.mask)
         total, count = self._cross_entropy(hidden, tokens.labels)
         return LossOutput(total, count, batch.audio_seconds, tokens.num_tokens)
+
+    def _hidden_states(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states of right-padded sequences, [row, token, hidden]."""
+        decoder = self.model.get_decoder()
+        if self._packs:
+            packing = Packing.of(mask)
+            output = decoder(inputs_embeds=packing.pack(inputs), use_cache=False, **packing.arguments(inputs))
+            return packing.unpack(output.last_hidden_state)
+        # Padding is on the right, where a causal model cannot look from: no mask is needed, and attention is faster.
+        return decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         head = self.model.get_output_embeddings()

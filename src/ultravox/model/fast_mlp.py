@@ -1,0 +1,79 @@
+"""The SwiGLU layer of Llama's kind with an adapter on each of its three matrices, as one step, for training on a CPU.
+
+Composed operations keep silu(gate) and silu(gate) · up beside gate and up, and allocate each product anew. Here only
+gate and up are kept, the rest is made again from them, and gradients are formed where they are read.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultravox.model.adapters import LoraLinear, lora_gradients, merge
+from ultravox.model.kernels import matmul_transposed, needs_gradient, uses_onednn
+
+MATRICES = ("gate_proj", "up_proj", "down_proj")
+
+#: Layers that are exactly ``down(silu(gate(x)) * up(x))``.
+_SILUS = ("SiLU", "SiLUActivation")
+_PLAIN_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+
+
+class _LoraSwiglu(torch.autograd.Function):
+    """Rows [row, hidden] → [row, hidden]. `tensors` are weight, A and B of gate, up and down; `scales` of the three."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scales: tuple[float, float, float], *tensors: Tensor) -> Tensor:
+        merged = [merge(*tensors[3 * i : 3 * i + 3], scales[i]) for i in range(3)]
+        gate, up = matmul_transposed(rows, merged[0]), matmul_transposed(rows, merged[1])
+        adapters = [tensor for i, tensor in enumerate(tensors) if i % 3]
+        ctx.save_for_backward(rows, gate, up, *merged, *adapters)
+        ctx.scales = scales
+        return matmul_transposed(F.silu(gate).mul_(up), merged[2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate, up, gate_weight, up_weight, down_weight, *adapters = ctx.saved_tensors
+        gradient = gradients[0]
+        hidden_gradient = matmul_transposed(gradient, down_weight.t())
+        activated = F.silu(gate)
+        up_gradient = hidden_gradient * activated
+        down = lora_gradients(activated.mul_(up), gradient, *adapters[4:], ctx.scales[2])
+        gate_gradient = torch.ops.aten.silu_backward(hidden_gradient.mul_(up), gate)
+        rows_gradient = None
+        if ctx.needs_input_grad[0]:
+            rows_gradient = matmul_transposed(gate_gradient, gate_weight.t())
+            rows_gradient += matmul_transposed(up_gradient, up_weight.t())
+        of_gate = lora_gradients(rows, gate_gradient, *adapters[:2], ctx.scales[0])
+        of_up = lora_gradients(rows, up_gradient, *adapters[2:4], ctx.scales[1])
+        return rows_gradient, None, None, *of_gate, None, *of_up, None, *down
+
+
+class FastMlp(nn.Module):
+    """An adapted SwiGLU layer through `_LoraSwiglu` where gradients are wanted; otherwise it computes as before."""
+
+    plain_forward: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [getattr(self, name) for name in MATRICES]
+        if not all(_is_plainly_adapted(layer) for layer in layers) or not uses_onednn(x):
+            return self.plain_forward(self, x)
+        if not needs_gradient(x, layers[0].lora_A):
+            return self.plain_forward(self, x)
+        tensors = [tensor for layer in layers for tensor in (layer.weight, layer.lora_A, layer.lora_B)]
+        rows = x.reshape(-1, x.shape[-1])
+        return _LoraSwiglu.apply(rows, tuple(layer.scale for layer in layers), *tensors).view(x.shape)
+
+
+def _is_plainly_adapted(layer: nn.Module) -> bool:
+    is_adapted = isinstance(layer, LoraLinear) and not layer.merged and layer.bias is None
+    return is_adapted and layer.weight.dtype == torch.float32
+
+
+def use_fast_mlps(module: nn.Module) -> None:
+    """Let the SwiGLU layers of a known kind inside train through `_LoraSwiglu`. Parameters and names stay."""
+    for child in module.modules():
+        kind = type(child)
+        if kind.__name__ in _PLAIN_MLPS and type(child.act_fn).__name__ in _SILUS:
+            child.__class__ = type(kind.__name__, (FastMlp, kind), {"plain_forward": staticmethod(kind.forward)})
