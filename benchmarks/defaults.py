@@ -1,8 +1,11 @@
 """Why the defaults are what they are: each main hyperparameter at three points, three seeds each, in short runs.
 
-    python benchmarks/defaults.py                     # everything, 63 runs, about two hours on two cores
+    python benchmarks/defaults.py                     # everything: 51 runs, about an hour and a half on two cores
+    python benchmarks/defaults.py --jobs 2            # two at a time, a core each: less time in all, more for each
     python benchmarks/defaults.py stack_factor        # one of them
     python benchmarks/defaults.py encoder             # frozen, LoRA or full encoder
+
+The value that the files use is one and the same run in every sweep of a stage, so it is trained once for each seed.
 
 A run is `configs/benchmark-align.yaml` (CTC through the embedding rows) or `configs/benchmark-tune.yaml` (the same,
 then the language model), with one key changed. The score is the word error rate on training-split clips that were kept
@@ -14,10 +17,12 @@ tables in `docs/defaults.md` are written from it.
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,24 +86,39 @@ SWEEPS = {
         {
             "frozen": [],
             "LoRA, rank 16": ["--model.audio_encoder_lora.rank", "16"],
-            "full": ["--model.train_audio_encoder", "true"],
+            "full, rate 1e-4": ["--model.train_audio_encoder", "true"],
+            "full, rate 2e-5": ["--model.train_audio_encoder", "true", "--stages.align.optim.lr.audio_encoder", "2e-5"],
         },
         "frozen",
     ),
 }
 
 
-def run(sweep: Sweep, point: str, seed: int) -> dict[str, float]:
+def run(sweep: Sweep, point: str, seed: int, jobs: int) -> dict[str, float]:
     """Train once in a process of its own; word error rate and seconds of the stage in question."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "ultravox", "train", str(ROOT / "configs" / f"benchmark-{sweep.stage}.yaml")]
         command += ["--run_dir", f"{folder}/run", "--seed", str(seed), *sweep.points[point]]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\nfailed with code {done.returncode}:\n{done.stderr[-2000:]}")
         summary = json.loads(Path(folder, "run", "train.json").read_text())
     stage = next(stage for stage in summary["stages"] if stage["name"] == sweep.stage)
-    return {"wer": stage["final_wer"], "seconds": stage["seconds"], "trained": summary["num_trainable_parameters"]}
+    return {
+        "wer": stage["final_wer"],
+        "core_seconds": stage["seconds"] * summary["num_threads"],
+        "trained": summary["num_trainable_parameters"],
+    }
+
+
+def already_run(results: dict, name: str, point: str, seed: int) -> dict[str, float] | None:
+    """The same run under another sweep's name: every used value of a stage is that stage's file as it stands."""
+    sweep = SWEEPS[name]
+    if point != sweep.used:
+        return None
+    same = (results.get(other, {}).get(s.used, {}) for other, s in SWEEPS.items() if s.stage == sweep.stage)
+    return next((runs[str(seed)] for runs in same if str(seed) in runs), None)
 
 
 def mean_and_half_width(values: list[float]) -> tuple[float, float]:
@@ -123,13 +143,13 @@ def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
         if name not in results:
             continue
         lines += ["", f"## {sweep.title}", "", f"`{name}`, after the stage `{sweep.stage}`", ""]
-        lines += ["| value | WER | n seeds | seconds | trainable parameters |", "|---|---|---|---|---|"]
+        lines += ["| value | WER | n seeds | core seconds | trainable parameters |", "|---|---|---|---|---|"]
         for point in sweep.points:
             runs = list(results[name].get(point, {}).values())
             if not runs:
                 continue
             mean, half = mean_and_half_width([run["wer"] for run in runs])
-            seconds = statistics.fmean(run["seconds"] for run in runs)
+            seconds = statistics.fmean(run["core_seconds"] for run in runs)
             mark = " (used)" if point == sweep.used else ""
             interval = "" if math.isnan(half) else f" ± {100 * half:.1f}"
             trained = f"{runs[0]['trained'] / 1e6:.1f} M"
@@ -142,21 +162,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=f"one or more of {', '.join(SWEEPS)}; none = all")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     arguments = parser.parse_args()
     if unknown := set(arguments.sweeps) - set(SWEEPS):
         parser.error(f"unknown sweep {', '.join(unknown)}; expected some of {', '.join(SWEEPS)}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for seed in range(arguments.seeds):
-        for name in arguments.sweeps or SWEEPS:
-            for point in SWEEPS[name].points:
-                found = results.setdefault(name, {}).setdefault(point, {})
-                if str(seed) in found:
+    names = arguments.sweeps or list(SWEEPS)
+    todo = missing(results, names, arguments.seeds)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = {
+            pool.submit(run, SWEEPS[name], point, seed, arguments.jobs): (name, point, seed)
+            for name, point, seed in todo
+        }
+        for done in as_completed(runs):
+            name, point, seed = runs[done]
+            results.setdefault(name, {}).setdefault(point, {})[str(seed)] = done.result()
+            print(f"{name} = {point}, seed {seed}: WER {100 * done.result()['wer']:.1f}%", flush=True)
+            write(results)
+    for name in names:
+        for seed in range(arguments.seeds):
+            found = already_run(results, name, SWEEPS[name].used, seed)
+            if found is not None:
+                results.setdefault(name, {}).setdefault(SWEEPS[name].used, {})[str(seed)] = found
+    write(results)
+
+
+def missing(results: dict, names: list[str], num_seeds: int) -> list[tuple[str, str, int]]:
+    """Sweep, point and seed of each run that is still to be made, the used value of a stage only once."""
+    todo: dict[tuple[str, ...], tuple[str, str, int]] = {}
+    for seed in range(num_seeds):
+        for name in names:
+            sweep = SWEEPS[name]
+            for point in sweep.points:
+                is_used = point == sweep.used
+                if str(seed) in results.get(name, {}).get(point, {}) or already_run(results, name, point, seed):
                     continue
-                found[str(seed)] = run(SWEEPS[name], point, seed)
-                print(f"{name} = {point}, seed {seed}: WER {100 * found[str(seed)]['wer']:.1f}%", flush=True)
-                RESULTS.parent.mkdir(parents=True, exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-                PAGE.write_text(page(results))
+                key = (sweep.stage, str(seed)) if is_used else (name, point, str(seed))
+                todo.setdefault(key, (name, point, seed))
+    return list(todo.values())
+
+
+def write(results: dict) -> None:
+    """Keep the results, and the page that is made from them."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 
 

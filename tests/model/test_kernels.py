@@ -132,7 +132,8 @@ def test_packed_rows_train_as_padded_ones_do():
     use_fast_attention(model)
     assert takes_packed_rows(model.train())
     packing = Packing.of(mask)
-    assert packing.num_rows == 70 and len(packing.to_packed) == 96
+    assert packing.num_rows == 70
+    assert len(packing.to_packed) == 96
     output = packing.unpack(
         model.model(inputs_embeds=packing.pack(x), use_cache=False, **packing.arguments(x)).last_hidden_state
     )

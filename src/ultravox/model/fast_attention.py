@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ultravox.model.kernels import attend, attend_backward
 
-
 #: Packed rows are filled up to a multiple of this.
 ROWS_MULTIPLE = 32
 

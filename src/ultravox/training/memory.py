@@ -1,4 +1,4 @@
-"""What the C library's heap does with memory that is freed: training frees and wants the same gigabytes in every step."""
+"""What the C library does with memory that is freed: training frees and wants the same gigabytes in every step."""
 
 import contextlib
 import ctypes
