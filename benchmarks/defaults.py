@@ -22,15 +22,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+
+from ultravox.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "defaults.json"
 PAGE = ROOT / "docs" / "defaults.md"
 SEEDS = (0, 1, 2)
 STUDENT_T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # two-sided, by degrees of freedom
+MAX_SEEDS = max(STUDENT_T_95) + 1
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ def run(sweep: Sweep, point: str, seed: int, jobs: int) -> dict[str, float]:
         "wer": stage["final_wer"],
         "core_seconds": stage["seconds"] * summary["num_threads"],
         "trained": summary["num_trainable_parameters"],
+        "threads": summary["num_threads"],
+        "jobs": jobs,
     }
 
 
@@ -129,6 +135,16 @@ def mean_and_half_width(values: list[float]) -> tuple[float, float]:
     return mean, STUDENT_T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def made_with(counts: Counter[int]) -> str:
+    """Threads of a sweep's runs; with more of them a run takes more core seconds, so these are not mixed."""
+    texts = {f"{threads} thread{'s' * (threads != 1)}": runs for threads, runs in counts.most_common()}
+    usual = next(iter(texts))
+    if len(texts) == 1:
+        return f"with {usual}"
+    found = ", ".join(f"{text} ({runs})" for text, runs in texts.items())
+    return f"with these numbers of threads (runs): {found}; core seconds are of those with {usual}"
+
+
 def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
     """The tables, from what has been measured so far."""
     lines = [
@@ -142,18 +158,21 @@ def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
     for name, sweep in SWEEPS.items():
         if name not in results:
             continue
-        lines += ["", f"## {sweep.title}", "", f"`{name}`, after the stage `{sweep.stage}`", ""]
+        counts = Counter(run["threads"] for runs in results[name].values() for run in runs.values())
+        usual = counts.most_common(1)[0][0]
+        lines += ["", f"## {sweep.title}", "", f"`{name}`, after the stage `{sweep.stage}`, {made_with(counts)}", ""]
         lines += ["| value | WER | n seeds | core seconds | trainable parameters |", "|---|---|---|---|---|"]
         for point in sweep.points:
             runs = list(results[name].get(point, {}).values())
             if not runs:
                 continue
             mean, half = mean_and_half_width([run["wer"] for run in runs])
-            seconds = statistics.fmean(run["core_seconds"] for run in runs)
+            timed = [run["core_seconds"] for run in runs if run["threads"] == usual]
+            seconds = f"{statistics.fmean(timed):.0f}" if timed else "–"
             mark = " (used)" if point == sweep.used else ""
             interval = "" if math.isnan(half) else f" ± {100 * half:.1f}"
             trained = f"{runs[0]['trained'] / 1e6:.1f} M"
-            lines.append(f"| {point}{mark} | {100 * mean:.1f}%{interval} | {len(runs)} | {seconds:.0f} | {trained} |")
+            lines.append(f"| {point}{mark} | {100 * mean:.1f}%{interval} | {len(runs)} | {seconds} | {trained} |")
     return "\n".join(lines) + "\n"
 
 
@@ -166,25 +185,46 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.sweeps) - set(SWEEPS):
         parser.error(f"unknown sweep {', '.join(unknown)}; expected some of {', '.join(SWEEPS)}")
+    if not 1 <= arguments.seeds <= MAX_SEEDS:
+        parser.error(f"--seeds {arguments.seeds}: expected 1 to {MAX_SEEDS}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs}: expected 1 or more")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     names = arguments.sweeps or list(SWEEPS)
-    todo = missing(results, names, arguments.seeds)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = {
-            pool.submit(run, SWEEPS[name], point, seed, arguments.jobs): (name, point, seed)
-            for name, point, seed in todo
-        }
-        for done in as_completed(runs):
-            name, point, seed = runs[done]
-            results.setdefault(name, {}).setdefault(point, {})[str(seed)] = done.result()
-            print(f"{name} = {point}, seed {seed}: WER {100 * done.result()['wer']:.1f}%", flush=True)
-            write(results)
+    make(missing(results, names, arguments.seeds), arguments.jobs, results)
     for name in names:
         for seed in range(arguments.seeds):
             found = already_run(results, name, SWEEPS[name].used, seed)
             if found is not None:
                 results.setdefault(name, {}).setdefault(SWEEPS[name].used, {})[str(seed)] = found
     write(results)
+
+
+def make(todo: list[tuple[str, str, int]], jobs: int, results: dict) -> None:
+    """Make runs, `jobs` at a time, and keep each result as it comes.
+
+    After one that fails, or Ctrl-C, no other starts; those under way end, and theirs are kept too.
+    """
+
+    def keep(done: Future) -> None:
+        name, point, seed = runs[done]
+        results.setdefault(name, {}).setdefault(point, {})[str(seed)] = done.result()
+        write(results)
+        print(f"{name} = {point}, seed {seed}: WER {100 * done.result()['wer']:.1f}%", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = {pool.submit(run, SWEEPS[name], point, seed, jobs): (name, point, seed) for name, point, seed in todo}
+        waiting = set(runs)
+        try:
+            for done in as_completed(runs):
+                waiting.remove(done)
+                keep(done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            for done in waiting:
+                if not done.cancelled() and done.exception() is None:
+                    keep(done)
+            raise
 
 
 def missing(results: dict, names: list[str], num_seeds: int) -> list[tuple[str, str, int]]:
@@ -204,9 +244,8 @@ def missing(results: dict, names: list[str], num_seeds: int) -> list[tuple[str, 
 
 def write(results: dict) -> None:
     """Keep the results, and the page that is made from them."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
+    atomic_write(RESULTS, json.dumps(results, indent=1) + "\n")
+    atomic_write(PAGE, page(results))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
     python benchmarks/tuning.py [--tokens 1200]
 
 A step is forward and backward over sequences of 20 to 60 positions, the loss on a quarter of them. The variants add one
-thing after the other. Each line is the mean of five steps, and its share of the matrix-product rate that the
-machine shows right beside it (4 N tokens FLOP for a frozen language model of N parameters, embeddings not counted).
+thing after the other to plain PyTorch, where each adapter is a product of its own beside its layer. The first thing is
+oneDNN with what is built on its products: an adapter merged into its weight, the loss in one step with the frozen
+output layer. Each line is the mean of five steps, and its share of the matrix-product rate that the machine shows right
+beside it (4 N tokens FLOP for a frozen language model of N parameters, embeddings not counted).
 """
 
 import argparse
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ultravox.config.schema import LoraConfig
+from ultravox.model import kernels
 from ultravox.model.adapters import add_lora
 from ultravox.model.factory import load_language_model
 from ultravox.model.fast_attention import Packing, use_fast_attention
@@ -27,6 +30,7 @@ from ultravox.training.memory import keep_freed_memory
 from ultravox.training.tune import num_matmul_parameters
 
 STEPS = 5
+PLAIN = "plain PyTorch"
 
 
 def batch(num_tokens: int, hidden: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,18 +73,21 @@ def main() -> None:
         use_fast_attention(model)
 
     variants: list[tuple[str, Callable[[], None], Callable[[Any, Tensor, Tensor], Tensor]]] = [
-        ("oneDNN, merged LoRA", lambda: None, padded),
+        (PLAIN, lambda: None, padded),
+        ("+ oneDNN, merged LoRA", lambda: None, padded),
         ("+ memory kept", keep_freed_memory, padded),
         ("+ norms", lambda: use_fast_norms(model), padded),
         ("+ SwiGLU", lambda: use_fast_mlps(model), padded),
         ("+ attention", attention, padded),
         ("+ packed rows", lambda: None, packed),
     ]
+    has_onednn = kernels._HAS_ONEDNN
     print(f"{'':24} tokens/s   share of the matmul rate")
     for name, prepare, run in variants:
         prepare()
         seconds, real = 0.0, 0
         rate = matmul_flop_rate()
+        kernels._HAS_ONEDNN = has_onednn and name != PLAIN  # without it, all of ours is what PyTorch offers
         for step in range(STEPS + 1):
             inputs, labels, mask = batch(num_tokens, model.config.hidden_size, step)
             inputs.requires_grad_(True)
@@ -90,6 +97,7 @@ def main() -> None:
             total.backward()
             if step:  # the first one fetches memory and compiles kernels
                 seconds, real = seconds + time.perf_counter() - start, real + int(mask.sum())
+        kernels._HAS_ONEDNN = has_onednn
         rate = max(rate, matmul_flop_rate())
         print(f"{name:24} {real / seconds:8.0f}   {4 * num_parameters * real / seconds / rate:.1%}", flush=True)
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,21 @@ from ultravox.config.load import load_config
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def defaults():
-    spec = importlib.util.spec_from_file_location("benchmark_defaults", ROOT / "benchmarks" / "defaults.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def defaults():
+    return load("defaults")
+
+
+def result(wer, threads, core_seconds=40):
+    return {"wer": wer, "core_seconds": core_seconds, "trained": 2e6, "threads": threads, "jobs": 2 // threads}
 
 
 def test_each_sweep_has_its_points_and_its_used_one_is_the_file_itself(defaults):
@@ -38,7 +47,7 @@ def test_one_run_serves_every_sweep_of_its_stage(defaults):
     assert defaults.already_run(results, "stack_factor", "10", 0) is None
     assert defaults.already_run(results, "lora_rank", "16", 0) is None
     todo = defaults.missing(results, list(defaults.SWEEPS), 2)
-    assert len(todo) == len(set(todo)) == 17 + 16 - 1
+    assert len(todo) == len(set(todo)) == 16 + 17
     assert ("encoder", "full, rate 2e-5", 0) in todo
     assert [name for name, point, seed in todo if point == defaults.SWEEPS[name].used and seed == 1] == [
         "align_lr",
@@ -47,13 +56,204 @@ def test_one_run_serves_every_sweep_of_its_stage(defaults):
 
 
 def test_the_page_shows_mean_and_interval(defaults):
-    runs = {str(seed): {"wer": wer, "core_seconds": 40, "trained": 2e6} for seed, wer in enumerate((0.30, 0.32, 0.34))}
+    runs = {str(seed): result(wer, 2) for seed, wer in enumerate((0.30, 0.32, 0.34))}
     page = defaults.page({"stack_factor": {"5": runs}})
     assert "| 5 (used) | 32.0% ± 5.0 | 3 | 40 | 2.0 M |" in page  # 4.30 · 2.0 / √3
+    assert "`stack_factor`, after the stage `align`, with 2 threads\n" in page
+
+
+def test_core_seconds_of_different_thread_counts_are_not_mixed(defaults):
+    points = {"5": {"0": result(0.3, 2), "1": result(0.3, 2), "2": result(0.3, 1, 90)}, "6": {"0": result(0.3, 1, 90)}}
+    page = defaults.page({"stack_factor": points})
+    assert "| 5 (used) | 30.0% ± 0.0 | 3 | 40 | 2.0 M |" in page
+    assert "| 6 | 30.0% | 1 | – | 2.0 M |" in page
+    points["6"]["1"] = result(0.3, 2)
+    page = defaults.page({"stack_factor": points})
+    assert "with these numbers of threads (runs): 2 threads (3), 1 thread (2); core seconds are of those with 2" in page
+
+
+@pytest.fixture
+def results_file(defaults, tmp_path, monkeypatch):
+    monkeypatch.setattr(defaults, "RESULTS", tmp_path / "defaults.json")
+    monkeypatch.setattr(defaults, "PAGE", tmp_path / "defaults.md")
+    return tmp_path / "defaults.json"
+
+
+def call(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    module.main()
+
+
+@pytest.mark.parametrize("error", [SystemExit("training failed"), KeyboardInterrupt()])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failing_run_keeps_the_finished_ones_and_starts_no_other(
+    defaults, results_file, monkeypatch, error, jobs, capsys
+):
+    begun = []
+
+    def run(sweep, point, seed, jobs):
+        begun.append(point)
+        if point == "1e-3":
+            raise error
+        time.sleep(0.3)  # as long as it takes to notice
+        return result(0.25, 2 // jobs)
+
+    monkeypatch.setattr(defaults, "run", run)
+    with pytest.raises(type(error)):
+        call(defaults, monkeypatch, "align_lr", "match_weight", "--seeds", "5", "--jobs", str(jobs))
+    kept = json.loads(results_file.read_text())
+    assert kept["align_lr"]["5e-4"] == {"0": result(0.25, 2 // jobs)}
+    assert len(begun) < 6
+    assert sum(len(runs) for points in kept.values() for runs in points.values()) == len(begun) - 1
+    assert "| 5e-4 | 25.0% | 1 |" in defaults.PAGE.read_text()
+
+    monkeypatch.setattr(defaults, "run", lambda *_: result(0.2, 2))
+    call(defaults, monkeypatch, "align_lr", "match_weight", "--seeds", "1")
+    kept = json.loads(results_file.read_text())
+    assert kept["align_lr"]["1e-3"] == kept["match_weight"]["0.5"] == {"0": result(0.2, 2)}
+    assert kept["align_lr"]["5e-4"] == {"0": result(0.25, 2 // jobs)}  # and is not made again
+    assert "align_lr = 1e-3, seed 0: WER 20.0%" in capsys.readouterr().out
+
+
+def test_a_run_is_the_command_with_one_key_changed(defaults, monkeypatch):
+    def command(words, *, env, **_):
+        summary = {
+            "num_threads": int(env["OMP_NUM_THREADS"]),
+            "num_trainable_parameters": 7,
+            "stages": [{"name": "align", "final_wer": 0.3, "seconds": 10.0}],
+        }
+        folder = Path(words[words.index("--run_dir") + 1])
+        folder.mkdir()
+        (folder / "train.json").write_text(json.dumps(summary))
+        assert words[-4:] == ["--seed", "3", "--model.stack_factor", "6"]
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(defaults.subprocess, "run", command)
+    monkeypatch.setattr(defaults.os, "cpu_count", lambda: 4)
+    found = defaults.run(defaults.SWEEPS["stack_factor"], "6", 3, 2)
+    assert found == {"wer": 0.3, "core_seconds": 20.0, "trained": 7, "threads": 2, "jobs": 2}
+    monkeypatch.setattr(defaults.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 2, "", "no"))
+    with pytest.raises(SystemExit, match="failed with code 2"):
+        defaults.run(defaults.SWEEPS["stack_factor"], "6", 3, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seeds", "0"], ["--seeds", "6"], ["--jobs", "0"], ["--jobs", "-1"], ["no-such-sweep"]]
+)
+def test_bad_arguments_are_refused(defaults, results_file, monkeypatch, arguments):
+    with pytest.raises(SystemExit) as caught:
+        call(defaults, monkeypatch, *arguments)
+    assert caught.value.code == 2
+    assert not results_file.exists()
 
 
 def test_the_page_is_that_of_the_kept_results(defaults):
     assert defaults.PAGE.read_text() == defaults.page(json.loads(defaults.RESULTS.read_text()))
+
+
+KEPT = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def readme(tmp_path, monkeypatch):
+    """benchmarks/readme.py, a run with the kept figures, a copy of the README and a call of the program on it."""
+    module = load("readme")
+    figures = json.loads((KEPT / "quickstart.json").read_text())
+    run = tmp_path / "quickstart"
+    run.mkdir()
+    measured = {"fast": False, "data": {"limit": None}, "left_out": [], "evaluation_peak_memory_bytes": 3_210_000_000}
+    (run / "results.json").write_text(json.dumps(figures | measured))
+    (run / "train.json").write_text(json.dumps(figures["train"]))
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    paths = ["--readme", str(copy), "--kept", str(tmp_path / "kept")]
+    return module, run, copy, lambda *words: call(module, monkeypatch, *map(str, words), *paths)
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_the_readmes_numbers_are_the_kept_ones(readme):
+    text = (ROOT / "README.md").read_text()
+    assert text == readme[0].with_table(text, readme[0].load_kept(KEPT)), "run `python benchmarks/readme.py`"
+
+
+def test_the_readme_shows_what_was_measured(readme):
+    _, run, copy, write = readme
+    assert "Peak memory of evaluation" not in copy.read_text(), "the kept figures do not hold it"
+    write(run)
+    assert "| Peak memory of evaluation | 3.2 GB |" in copy.read_text()
+    assert "| CPU threads of training | 2 |" in copy.read_text()
+    assert "cut at 4 + 6 tokens a second of audio" in copy.read_text()
+    assert copy.read_text().partition("### What")[2] == (ROOT / "README.md").read_text().partition("### What")[2]
+
+
+def test_the_readme_of_a_run_without_questions(readme):
+    _, run, copy, write = readme
+    nothing = {"share": None, "interval": None, "absent": "no dataset of spoken questions was named"}
+    change(run / "results.json", answers={**nothing, "swapped": nothing, "text": nothing})
+    write(run)
+    table = copy.read_text().partition("<!-- numbers")[2].partition("<!-- end")[0]
+    assert "Word error rate" in table
+    assert "question" not in table
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run, copy: change(run / "results.json", left_out=["3 of 9 clips"]), "without 3 of 9 clips"),
+        (lambda run, copy: copy.write_text(copy.read_text().replace("<!-- end of numbers -->", "")), "must hold"),
+        (lambda run, copy: (run / "results.json").unlink(), "has no results.json"),
+        (lambda run, copy: run.rename(run.with_name("mine")), "shows the runs quickstart and asterisk-long, not mine"),
+    ],
+)
+def test_what_the_readme_cannot_show_changes_nothing(readme, spoil, message, capsys):
+    _, run, copy, write = readme
+    spoil(run, copy)
+    before = copy.read_text()
+    folder = next(path for path in run.parent.iterdir() if path.is_dir())
+    with pytest.raises(SystemExit) as caught:
+        write(folder)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert copy.read_text() == before
+    assert not list(run.parent.glob("kept/*"))
+
+
+def test_a_part_is_shown_only_on_request(readme):
+    _, run, copy, write = readme
+    change(run / "results.json", left_out=["3 of 9 clips"])
+    write(run, "--allow-partial")
+    assert "3.2 GB" in copy.read_text()
+
+
+def test_kept_figures_of_an_older_form_are_to_be_measured_again(readme, capsys):
+    _, run, _, write = readme
+    write(run)
+    kept = run.parent / "kept" / "quickstart.json"
+    train = json.loads(kept.read_text())["train"]
+    del train["num_threads"]
+    change(kept, train=train)
+    with pytest.raises(SystemExit):
+        write()
+    assert "is of an older form: train and evaluate quickstart again" in capsys.readouterr().err
+
+
+def test_matrix_products_and_attention_are_measured(monkeypatch, capsys):
+    matmul = load("matmul")
+    if not hasattr(matmul.torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch is built without oneDNN, which the program compares with")
+    monkeypatch.setattr(matmul, "SHAPES", [(128, 256, 192)])
+    monkeypatch.setattr(matmul, "CALLS_FLOP", 1e8)
+    monkeypatch.setattr(matmul, "REPEATS", 2)
+    matmul.main()
+    threads, _, shape, attention = capsys.readouterr().out.splitlines()
+    assert threads.endswith(f"torch {matmul.torch.__version__}")
+    assert shape.split()[:5] == ["128", "x", "256", "x", "192"]
+    assert all(float(number) > 0 for number in shape.split()[5:])
+    assert len(shape.split()) == 7
+    assert [float(word) > 0 for word in attention.split() if word.replace(".", "").isdigit()] == [True] * 4
 
 
 @pytest.mark.network
@@ -69,5 +269,6 @@ def test_tuning_is_measured_with_each_kernel(not_fetched):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()[1:]
-    assert [line[:24].strip() for line in lines][-1] == "+ packed rows"
+    names = [line[:24].strip() for line in lines]
+    assert (names[0], names[-1]) == ("plain PyTorch", "+ packed rows")
     assert all(float(line[24:].split()[0]) > 0 for line in lines)

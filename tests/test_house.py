@@ -98,6 +98,16 @@ def test_help_comes_at_once():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
 
 
+def test_what_text_and_audio_agree_on_is_said_once():
+    """The placeholder and the ignored label; inside a longer message for a reader they may stand anywhere."""
+    places = {"<|audio|>": set(), "-100": set()}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant | ast.UnaryOp) and (value := ast.unparse(node).strip("'")) in places:
+                places[value].add(name_of(path))
+    assert places == {value: {"src/ultravox/tokens.py"} for value in places}
+
+
 # Configs
 
 

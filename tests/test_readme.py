@@ -5,11 +5,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from ultravox.data.manifest import load_clips
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,6 +29,10 @@ stages:
   - {{name: tune, max_steps: 2, max_batch_tokens: 500, evaluate_every: 0, log_every: 1, optim: {{warmup_steps: 1}}}}
 evaluation: {{num_progress_clips: 2, max_new_tokens: 8, num_bootstrap: 50}}
 """
+
+
+LONGER_STEPS = 6
+"""In the place of the README's 500: Ctrl-C must find the time to come in between."""
 
 
 def blocks(language: str) -> list[str]:
@@ -52,17 +60,21 @@ class Shortened:
         (folder / "short.yaml").write_text(SHORT.format(quickstart=ROOT / "configs" / "quickstart.yaml"))
 
     def run(self, command: str, **options) -> subprocess.CompletedProcess:
-        words = [word for word in shlex.split(command) if word]
-        words = [self._replace(word) for word in words]
-        if "evaluate" in words:
-            words += ["--limit", "3"]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        words = self.words(command)
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **options)
+
+    def words(self, command: str) -> list[str]:
+        words = [self._replace(word) for word in shlex.split(command) if word]
+        if "evaluate" in words:  # a part would not go into the run folder by itself
+            words += ["--limit", "3", "--output", words[2]]
         if "benchmarks/readme.py" in words:  # into a copy: the repository's own numbers are not those of a short run
             shutil.copy(ROOT / "README.md", self.folder)
             words += ["--readme", str(self.folder / "README.md"), "--kept", str(self.folder / "kept")]
+            words += ["--allow-partial"]
         if "train" in words and "--run_dir" not in words:
-            words += ["--run_dir", str(self.folder / "quickstart")]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **options)
+            words += ["--run_dir", str(self.folder / Path(words[2]).stem.replace("short", "quickstart"))]
+        return words
 
     def _replace(self, word: str) -> str:
         if word.endswith("/ultravox"):
@@ -71,9 +83,11 @@ class Shortened:
             return sys.executable
         if word == "configs/quickstart.yaml":
             return str(self.folder / "short.yaml")
+        if word == "own.yaml":
+            return str(self.folder / word)
         if word.startswith("runs/"):
             return str(self.folder / word.removeprefix("runs/"))
-        return {"500": "3"}.get(word, word)
+        return {"500": str(LONGER_STEPS)}.get(word, word)
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +122,78 @@ def test_there_are_commands():
     assert {"make lint", "make test"} <= set((ROOT / ".ci" / "run").read_text().splitlines()), "CI runs these two whole"
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if ".venv/bin/" in c and "chat" not in c])
+def stands_alone(command: str) -> bool:
+    """The others depend on those before them, or on a person: each has a test below."""
+    return ".venv/bin/" in command and not re.search(r"\bchat\b|runs/mine|runs/own|own\.yaml", command)
+
+
+@pytest.mark.parametrize("command", filter(stands_alone, readme_commands()))
 def test_command(command: str, shortened: Shortened):
     done = shortened.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout or "train" in command or "benchmarks" in command
+
+
+def test_ctrl_c_and_resume(shortened: Shortened):
+    """The block's commands in its order, with Ctrl-C in the first, of which the text under it speaks."""
+    train, resume, evaluate = [command for command in readme_commands() if "runs/mine" in command]
+    assert resume == f"{train} --resume"
+    run = shortened.folder / "mine"
+    log = run / "log.jsonl"
+    with (shortened.folder / "stderr").open("w+") as errors:
+        process = subprocess.Popen(shortened.words(train), cwd=ROOT, stderr=errors)
+        try:
+            deadline = time.monotonic() + 300
+            while not (log.is_file() and '"tune"' in log.read_text()):
+                assert process.poll() is None, "it ended before its second stage"
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=300) == 130
+        finally:
+            process.kill()
+        errors.seek(0)
+        assert "a checkpoint was saved, go on with --resume" in errors.read()
+    before = [json.loads(line) for line in log.read_text().splitlines()]
+    assert 1 <= before[-1]["step"] < LONGER_STEPS
+    assert not (run / "model").exists()
+    done = shortened.run(resume)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = [json.loads(line) for line in log.read_text().splitlines()]
+    assert after[: len(before)] == before, "what was trained before Ctrl-C was trained again"
+    steps = [(row["stage"], row["step"]) for row in after if "loss" in row]
+    assert steps == [("align", step) for step in range(1, 5)] + [("tune", step) for step in range(1, LONGER_STEPS + 1)]
+    done = shortened.run(evaluate)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((run / "results.json").read_text())["wer"]["n"] == 3
+
+
+def test_own_recordings(shortened: Shortened):
+    """Files of the form that the README shows, and its config for them."""
+    my = shortened.folder / "my"
+    (my / "wav").mkdir(parents=True)
+    (row,) = [json.loads(block) for block in blocks("json")]
+    for split, count in (("train", 20), ("heldout", 4)):
+        lines = []
+        for clip in load_clips("asterisk-en", split)[:count]:
+            audio = f"wav/{clip.id}{clip.audio.suffix}"
+            shutil.copy(clip.audio, my / audio)
+            mine = {**row, "id": clip.id, "audio": audio, "text": clip.text, "duration": clip.duration}
+            if len(lines) % 2:
+                del mine["duration"]
+            lines.append(json.dumps(mine) + "\n")
+        (my / f"{split}.jsonl").write_text("".join(lines))
+    (config,) = blocks("yaml")
+    config = config.replace("configs/quickstart.yaml", str(shortened.folder / "short.yaml"))
+    (shortened.folder / "own.yaml").write_text(config.replace("my/", f"{my}/"))
+    commands = [command for command in readme_commands() if "own" in command]
+    assert len(commands) == 2
+    for command in commands:
+        done = shortened.run(command)
+        assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((shortened.folder / "own" / "results.json").read_text())
+    assert (results["data"]["split_clips"], results["answers"]["share"]) == (4, None)
+    assert json.loads((shortened.folder / "own" / "train.json").read_text())["num_clips"] == 18  # and two for progress
 
 
 def test_the_numbers_are_made_from_the_run(shortened: Shortened):

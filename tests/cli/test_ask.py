@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from ultravox.audio.waveform import write_waveform
+from ultravox.cli.chat import Chat
 from ultravox.cli.main import main
+from ultravox.errors import DataError
+from ultravox.inference.api import load
+from ultravox.inference.generate import Decoding
 
 
 @pytest.fixture
@@ -49,6 +53,18 @@ def test_chat(tiny_checkpoint, clips, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "/audio FILE" in captured.out
     assert f"{clips[0]}: 0.5 s" in captured.err
+
+
+def test_a_recording_outlives_a_message_that_is_refused(tiny_checkpoint, clips):
+    conversation = load(tiny_checkpoint).conversation(decoding=Decoding(2))
+    chat = Chat(conversation)
+    chat.handle(f"/audio {clips[0]}")
+    with pytest.raises(DataError, match=r"2 <\|audio\|> placeholders"):
+        chat.handle("<|audio|> and <|audio|>")
+    assert len(chat.waveforms) == 1
+    chat.handle("What was that?")
+    assert chat.waveforms == []
+    assert conversation.messages[0]["content"].startswith("<|audio|>")
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,25 @@ def test_options_reach_the_evaluation(run, tmp_path, capsys):
     assert "--limit 1 --batch-size 3" in results["command"]
 
 
+def test_a_part_says_so_and_where_it_is(run, capsys):
+    folder, _, _ = run
+    assert cli.main(["evaluate", str(folder), "--limit", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "partial: without 1 of 2 clips\n" in out
+    assert str(folder / "evaluations" / "data-heldout-partial" / "results.json") in out
+    assert not (folder / "results.json").exists()
+
+
+def test_a_file_in_the_place_of_the_output_is_one_line_before_anything_runs(run, tmp_path, capsys):
+    folder, _, seen = run
+    (tmp_path / "out").write_text("mine")
+    assert cli.main(["evaluate", str(folder), "--output", str(tmp_path / "out")]) == 2
+    message = "there is a file where a folder is needed; choose another place"
+    assert capsys.readouterr().err == f"ultravox: error: {tmp_path / 'out'}: {message}\n"
+    assert (tmp_path / "out").read_text() == "mine"
+    assert seen == {}, "the model was loaded first"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -186,6 +186,7 @@ def test_wrong_overrides(write, overrides, message):
         ("sources: [asterisk-en]", "sources: [asterisk]", "uses source 'asterisk', but data.sources holds"),
         ("sources: [asterisk-en]", "sources: [spoken-requests-en]", "none of its sources has that task"),
         ("    objective: tune\n", "    objective: tune\n    align: {match_weight: 1}\n", "'align' have no effect"),
+        ("    objective: align\n", "    objective: align\n    tune: {loss_mask: all_text}\n", "'tune' have no effect"),
         ("version: 1", "version: 2", r"run\.yaml:1: version"),
         ("seed: 7", "seed: 7\n  x: 1", r"run\.yaml:3: not valid YAML"),
         ("seed: 7", "seed: !!python/object:os.system x", "not valid YAML"),

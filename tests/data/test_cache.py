@@ -1,3 +1,4 @@
+import errno
 import json
 import threading
 
@@ -6,7 +7,7 @@ import pytest
 
 from ultravox.audio.waveform import write_waveform
 from ultravox.data.cache import CacheKey, FeatureCache, FeatureRequest
-from ultravox.errors import AudioError, DataError
+from ultravox.errors import AudioError, DataError, UltravoxError
 
 KEY = CacheKey(encoder_hash="abc", preprocessing="log-mel-1", num_channels=3)
 
@@ -205,6 +206,54 @@ def test_bad_clips_are_counted_by_reason_and_too_many_stop_the_run(home, request
 def test_too_long_is_its_own_reason(home, requests):
     report = FeatureCache(KEY).build(requests[-1:], Encoder(), max_seconds=0.5)
     assert list(report.quarantined) == ["too long"]
+
+
+def test_length_limits_hold_for_what_is_cached_already(home, requests):
+    FeatureCache(KEY).build(requests, Encoder())
+    lying = [FeatureRequest(request.audio, 0.5, request.speed) for request in requests]  # they last 0.2 to 0.9 s
+    for asked in (requests, lying):
+        encoder = Encoder()
+        report = FeatureCache(KEY).build(asked, encoder, min_seconds=0.25, max_seconds=0.85)
+        assert encoder.calls == 0
+        assert {reason: len(files) for reason, files in report.quarantined.items()} == {"too short": 1, "too long": 1}
+        assert report.names[:2] == report.names[-2:] == [None, None]
+        assert None not in report.names[2:-2]
+
+
+def test_an_index_that_does_not_know_lengths_goes_by_the_manifest(home, requests):
+    names = FeatureCache(KEY).build(requests, Encoder()).names
+    path = shard(home).parent / "index.json"
+    index = json.loads(path.read_text())
+    del index["num_samples"]
+    path.write_text(json.dumps(index))
+    encoder = Encoder()
+    report = FeatureCache(KEY).build(requests, encoder, min_seconds=0.25)
+    assert encoder.calls == 0
+    assert report.names == [None, None, *names[2:]]
+
+
+def test_a_full_disk_leaves_no_rows_that_no_index_names(home, requests, monkeypatch):
+    class FullDisk(Encoder):
+        def __call__(self, waveforms):
+            if self.calls == 2:
+                raise OSError(errno.ENOSPC, "no space left on device")
+            return super().__call__(waveforms)
+
+    cache = FeatureCache(KEY)
+    with pytest.raises(UltravoxError, match="disk full"):
+        cache.build(requests, FullDisk(), max_batch_seconds=1.0)
+    assert shard(home).stat().st_size == 0
+    again = Encoder()
+    names = cache.build(requests, again).names
+    assert again.num_waveforms == 16
+    assert all(cache.num_frames(name) == len(cache.frames(name)) for name in names)
+    monkeypatch.setattr("ultravox.data.cache.SECONDS_BETWEEN_COMMITS", -1.0)
+    faster = [FeatureRequest(request.audio, request.seconds, request.speed + 0.5) for request in requests]
+    with pytest.raises(UltravoxError, match="disk full"):
+        cache.build(faster, FullDisk(), max_batch_seconds=1.0)
+    index = json.loads((shard(home).parent / "index.json").read_text())
+    assert 16 < len(index["entries"]) < 32, "what was indexed on the way stays"
+    assert shard(home).stat().st_size == index["num_rows"] * 3 * 2
 
 
 def test_frames_that_do_not_fit_are_refused(home, requests):

@@ -2,16 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from ultravox.data.collate import (
-    IGNORE_INDEX,
-    MAX_WINDOW_FRAMES,
-    clip_audio_tokens,
-    collate_tokens,
-    loss_mask,
-    pad_frames,
-    window_frames,
-)
+from ultravox.data.collate import WindowSlots, collate_tokens, loss_mask, pad_frames
 from ultravox.errors import DataError
+from ultravox.tokens import IGNORE_INDEX
 
 AUDIO, PAD, END = 99, 0, 7
 
@@ -76,12 +69,22 @@ def test_frames_are_padded_with_zeros_in_float32():
     assert frames[1].eq(2).all()
 
 
-def test_long_clips_are_cut_into_windows_and_counted_alike():
-    assert MAX_WINDOW_FRAMES == 1500
-    assert window_frames(3100) == [1500, 1500, 100]
-    assert window_frames(1500) == [1500]
-    assert clip_audio_tokens(3100, 7) == 215 + 215 + 15
-    long, short = np.arange(3100)[:, None].astype(np.float32), np.ones((10, 1), np.float32)
-    frames, lengths = pad_frames([long, short], MAX_WINDOW_FRAMES)
-    assert lengths.tolist() == [1500, 1500, 100, 10]
-    assert frames[1, 0, 0] == 1500
+def test_whispers_windows_stand_without_a_gap():
+    slots = WindowSlots(full=1500, slot=1500)
+    assert slots.lengths(3100) == [1500, 1500, 100]
+    assert slots.lengths(1500) == [1500]
+    rows = np.arange(3100)[:, None].astype(np.float32)
+    pieces = slots.split(rows)
+    assert [len(piece) for piece in pieces] == [1500, 1500, 100]
+    assert pieces[1][0, 0] == 1500
+    np.testing.assert_array_equal(slots.join(pieces), rows)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1499], [1500], [1499, 1], [1499, 1499], [1499, 1500], [1499, 1499, 7]])
+def test_windows_are_found_again_where_the_last_may_be_longer(lengths):
+    slots = WindowSlots(full=1499, slot=1500)
+    pieces = [np.full((length, 2), index + 1, np.float16) for index, length in enumerate(lengths)]
+    rows = slots.join(pieces)
+    assert slots.lengths(len(rows)) == lengths
+    for piece, found in zip(pieces, slots.split(rows), strict=True):
+        np.testing.assert_array_equal(found, piece)

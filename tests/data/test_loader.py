@@ -1,8 +1,10 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from ultravox.data.loader import BatchOrder, fingerprint
+from ultravox.errors import DataError
 
 
 def items_of(order, epoch):
@@ -35,6 +37,16 @@ def test_a_version_that_does_not_exist_is_never_drawn():
     lengths = [[10, 0, 12]] * 5
     partial = BatchOrder(lengths, [1] * 5, 100, seed=0)
     assert {item.version for epoch in range(6) for item in items_of(partial, epoch)} == {0, 2}
+
+
+def test_a_version_over_the_budget_is_refused_before_any_epoch_draws_it():
+    with pytest.raises(DataError, match="the longest example has 101 tokens, but max_batch_tokens is 100"):
+        BatchOrder([[10, 0, 12], [20, 101, 0]], [1, 1], 100, seed=0)
+
+
+def test_no_examples_is_an_error_that_says_what_to_check():
+    with pytest.raises(DataError, match=r"check data\.sources"):
+        BatchOrder([], [], 100, seed=0).num_batches(0)
 
 
 def test_pure_function_without_state():

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from ultravox.data.plan import padding_share, plan_batches
+from ultravox.data.plan import plan_batches
 from ultravox.errors import DataError
 
 
@@ -30,7 +30,9 @@ def test_pure_function_and_new_order_each_epoch(lengths):
 
 def test_little_padding(lengths):
     for epoch in range(5):
-        assert padding_share(lengths, plan_batches(lengths, 1000, seed=0, epoch=epoch)) <= 0.05
+        batches = plan_batches(lengths, 1000, seed=0, epoch=epoch)
+        padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+        assert 1 - lengths.sum() / padded <= 0.05
 
 
 @pytest.mark.parametrize("budget", [400, 1200, 8000])
@@ -41,12 +43,6 @@ def test_packed_batches_count_no_padding(lengths, budget):
     assert max(lengths[batch].sum() for batch in batches) <= budget
     assert len(batches) <= len(plan_batches(lengths, budget, seed=1, epoch=0))
     assert len(batches) <= np.ceil(lengths.sum() / (budget - 100))
-
-
-def test_two_parts_are_padded_apart(lengths):
-    parts = np.stack([lengths, np.random.default_rng(1).permutation(lengths) // 4 + 1], axis=1)
-    for batch in plan_batches(parts, 2000, seed=0, epoch=0):
-        assert len(batch) * parts[batch].max(axis=0).sum() <= 2000
 
 
 def test_batches_are_not_needlessly_small(lengths):

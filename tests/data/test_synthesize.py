@@ -165,6 +165,21 @@ def test_a_silent_voice_leaves_no_folder(hummed: Path, monkeypatch: pytest.Monke
     assert list((hummed / "data").iterdir()) == []
 
 
+def test_the_stand_in_has_both_splits_and_says_what_it_is(hummed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ultravox.evaluation.runner import is_stand_in
+
+    monkeypatch.setattr(synthesize, "STAND_IN_MINUTES", 1)
+    folder = hummed / "data" / "asterisk-en"
+    folder.mkdir(parents=True)
+    synthesize.make_stand_in(folder)
+    assert read_dataset("asterisk-en")["name"] == "asterisk-en"
+    assert all(is_heldout(clip.text) for clip in load_clips("asterisk-en", "heldout"))
+    assert not any(is_heldout(clip.text) for clip in load_clips("asterisk-en", "train"))
+    assert is_stand_in("asterisk-en")
+    synthesize.fetch_synthetic_en(minutes=0.2)
+    assert not is_stand_in("synthetic-en")
+
+
 def test_answers_are_added_once(hummed: Path) -> None:
     folder = synthesize.fetch_spoken_requests_en()
     asked: list[str] = []

@@ -115,6 +115,7 @@ def listening_system(dataset, questions) -> System:
         recognise=lambda waveforms: [(listener.clip(w) or Clip("", Path(), "", 0)).text for w in waveforms],
         view_tokens=lambda waveform: TokenView([" please", "<b>bold</b>", "\n"], [0.9, 0.1, -0.2], 0.1),
         prompt="<|audio|>Transcribe",
+        transcript_limit={"extra_tokens": 4, "tokens_per_second": 6.0},
     )
 
 

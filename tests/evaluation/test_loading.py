@@ -10,6 +10,7 @@ from ultravox.evaluation.checkpoint import Checkpoint, find_checkpoint
 from ultravox.evaluation.loading import load_system
 from ultravox.evaluation.runner import Settings, evaluate
 from ultravox.evaluation.token_view import token_view
+from ultravox.inference.generate import transcript_token_limit
 
 
 @pytest.fixture
@@ -26,7 +27,9 @@ def tiny_run(tmp_path, tiny_model, tiny_processor, tiny_models, dataset):
 def test_evaluation_of_a_saved_model(tiny_run, dataset, questions):
     settings = Settings(batch_size=3, max_new_tokens=6, limit=4, questions=str(questions), num_bootstrap=50)
     results, folder = evaluate(tiny_run, str(dataset), settings=settings)
-    assert folder == tiny_run
+    assert folder == tiny_run / "evaluations" / "tones-heldout-partial"
+    assert results["generation"]["transcript_limit"] == {"extra_tokens": 4, "tokens_per_second": 6.0}
+    assert transcript_token_limit(round(2.5 * 16000)) == 4 + 15
     assert results["wer"]["n"] == results["answers"]["n"] == 4
     assert results["wer"]["value"] > 0.5  # random weights
     assert results["audio_use"]["verdict"] in ("FAIL", "PASS")
@@ -84,6 +87,8 @@ def test_token_view_names_the_embedding_rows(tiny_model, tiny_processor, make_wa
     assert "".join(view.tokens) == text
     assert view.cosines == pytest.approx([1.0] * len(rows), abs=1e-4)
     assert view.seconds == pytest.approx(0.1)
+    monkeypatch.setattr(tiny_model.audio_tower, "frames_per_second", 25)  # another encoder
+    assert token_view(tiny_model, tiny_processor, make_waveform(0.85)).seconds == pytest.approx(0.2)
 
 
 def test_long_clips_are_recognised_in_windows():

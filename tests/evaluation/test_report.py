@@ -87,6 +87,7 @@ def test_it_shows_figures_curves_licence_and_config(html, run_folder):
     assert "evaluation: {source:" in page.text
     assert "ultravox evaluate <x>" in page.text
     assert results["answers"]["rule"] in page.text
+    assert "at most 64 tokens and, in a transcript, at most 4 + 6 a second of audio" in page.text
     assert page.count("image") >= 1
 
 
@@ -105,7 +106,7 @@ def test_a_synthetic_stand_in_is_named(run_folder, dataset, listening_system, tm
     evaluate(run_folder, str(dataset), system=listening_system, output=tmp_path / "real")
     assert warning not in write_report(tmp_path / "real").read_text()
     described = json.loads((dataset / "dataset.json").read_text())
-    (dataset / "dataset.json").write_text(json.dumps(described | {"stand_in": True}))
+    (dataset / "dataset.json").write_text(json.dumps(described | {"settings": {"stand_in": True}}))
     evaluate(run_folder, str(dataset), system=listening_system, output=tmp_path / "out")
     assert warning in write_report(tmp_path / "out").read_text()
 

@@ -20,6 +20,7 @@ def test_results(run_folder, dataset, questions, listening_system):
         command="ultravox evaluate runs/tiny",
     )
     assert folder == run_folder
+    assert results["left_out"] == []
     assert json.loads((run_folder / "results.json").read_text()) == results
     predictions = [json.loads(line) for line in (run_folder / "predictions.jsonl").read_text().splitlines()]
     clips = [row for row in predictions if row["kind"] == "transcription"]
@@ -67,6 +68,7 @@ def test_results(run_folder, dataset, questions, listening_system):
         "decoding": "greedy",
         "batch_size": 3,
         "max_new_tokens": 64,
+        "transcript_limit": {"extra_tokens": 4, "tokens_per_second": 6.0},
         "prompt": "<|audio|>Transcribe",
     }
     assert results["batch_invariance"] == {"n": 8, "equal": 8}
@@ -98,6 +100,7 @@ def test_limit_spreads_over_the_split(run_folder, dataset, listening_system):
     assert results["wer"]["n"] == 3
     assert results["data"] | {"source": "", "seconds": 0} == {
         "source": "", "split": "heldout", "num_clips": 3, "split_clips": 8, "limit": 3, "seconds": 0,
+        "stand_in": False,
     }  # fmt: skip
     assert [clip for clip in evenly_spread(list(range(9)), 3)] == [0, 4, 8]
     assert results["bounds"]["text"]["wer"] == 0.0
@@ -147,6 +150,29 @@ def test_other_data_do_not_overwrite_the_run(run_folder, dataset):
     found = find_checkpoint(run_folder)
     assert default_output(found, str(dataset), "heldout") == run_folder
     assert default_output(found, "asterisk-en", "heldout") == run_folder / "evaluations" / "asterisk-en-heldout"
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({"limit": 3}, ["5 of 8 clips", "1 of 4 spoken questions"]),
+        ({"fast": True}, ["the bounds (--fast)"]),
+        ({"questions": None}, ["the spoken questions of QUESTIONS"]),
+    ],
+)
+def test_a_part_does_not_overwrite_the_whole(run_folder, dataset, questions, listening_system, options, left_out):
+    config = {"evaluation": {"source": str(dataset), "split": "heldout", "question_source": str(questions)}}
+    (run_folder / "config.yaml").write_text(json.dumps(config))
+    whole = {"questions": str(questions), "num_bootstrap": 20}
+    _, folder = evaluate(run_folder, str(dataset), settings=Settings(**whole), system=listening_system)
+    assert folder == run_folder
+    before = (folder / "results.json").read_bytes()
+    settings = Settings(**whole | options)
+    results, folder = evaluate(run_folder, str(dataset), settings=settings, system=listening_system)
+    assert folder == run_folder / "evaluations" / "tones-heldout-partial"
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert results["left_out"] == [part.replace("QUESTIONS", str(questions)) for part in left_out]
+    assert (run_folder / "results.json").read_bytes() == before
 
 
 def test_in_batches_keeps_the_order():

@@ -195,6 +195,36 @@ def test_conversation_after_errors_interruptions_and_reset(talker):
     assert len(chat.messages) == 1
 
 
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("passes", [0, 3])
+def test_ctrl_c_inside_a_forward_pass(talker, layer, passes):
+    """Some layers of the cache hold the last token then, others do not; the dialogue goes on as if read anew."""
+    talker.model.generation_config.eos_token_id = []
+    one, two = waveforms(0.5, 0.7)
+    left = passes
+
+    def interrupt(*_):
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise KeyboardInterrupt
+
+    chat = talker.conversation(decoding=Decoding(8))
+    hook = talker.model.language_model.model.layers[layer].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.say("Hello", [one]))
+    hook.remove()
+    assert len(chat.messages) == (2 if passes else 0), "a turn without any answer is not kept"
+    history = list(chat.messages)
+    heard = [one, two] if passes else [two]
+    after = "".join(chat.say("And this?", [two]))
+    fresh = talker.conversation(decoding=Decoding(8))
+    fresh.messages, fresh._waveforms = history, heard[:-1]
+    assert after == "".join(fresh.say("And this?", [two]))
+    assert chat.num_cached == fresh.num_cached
+    assert chat.messages == fresh.messages
+
+
 def test_template_that_rewrites_earlier_turns(talker):
     """Some templates trim or drop what was said; the dialogue is then read anew, with all its audio."""
     talker.processor.tokenizer.chat_template = (

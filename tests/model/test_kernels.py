@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ultravox.model.adapters import add_lora, lora_layers, merged_lora
 from ultravox.model.fast_attention import Packing, takes_packed_rows, use_fast_attention
 from ultravox.model.fast_mlp import use_fast_mlps
-from ultravox.model.kernels import register_attention, use_fast_linears, use_fast_norms
+from ultravox.model.kernels import register_attention, short_attention, use_fast_linears, use_fast_norms
 
 
 def gradients(output, inputs):
@@ -67,6 +67,32 @@ def test_a_whole_language_model_is_the_same_with_fast_kernels():
     output = model(inputs_embeds=x).logits
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(gradients(output, [x])[0], reference)
+
+
+def test_fast_layers_applied_twice_are_those_of_once():
+    model = tiny_llama()
+    add_lora(model, 4, 8.0, ["q_proj", "gate_proj", "up_proj", "down_proj"])
+    x = torch.randn(2, 9, 32)
+    expected = model(inputs_embeds=x).logits
+    model.set_attn_implementation(register_attention())
+    for make_fast in (use_fast_linears, use_fast_norms, use_fast_mlps, use_fast_attention):
+        make_fast(model)
+        kinds = [type(module) for module in model.modules()]
+        make_fast(model)
+        assert [type(module) for module in model.modules()] == kinds
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(inputs_embeds=x).logits, expected)
+    model.requires_grad_(True)  # norms that train go their plain way
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs_embeds=x).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "head_mask", "cu_seq_lens_q"])
+def test_the_attention_refuses_what_it_does_not_compute(name):
+    query = torch.randn(1, 2, 5, 8)
+    short_attention(nn.Module(), query, query, query, None, position_ids=torch.arange(5), **{name: None})
+    with pytest.raises(ValueError, match=f"knows no {name}"):
+        short_attention(nn.Module(), query, query, query, None, **{name: torch.ones(2)})
 
 
 def test_an_adapted_swiglu_layer_is_the_same_in_one_step():

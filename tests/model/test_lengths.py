@@ -11,6 +11,7 @@ from ultravox.audio.lengths import (
     num_convolution_frames,
     num_encoder_frames,
     num_mel_frames,
+    receptive_field,
     window_lengths,
 )
 
@@ -49,8 +50,28 @@ def test_windows_cover_everything_once(num_samples):
     np.testing.assert_array_equal(np.concatenate(pieces), waveform)
 
 
+HUBERT = [(10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("rest", [0, 1, 160, 399, 400, 16000])
+@pytest.mark.parametrize("full", [1, 2])
+def test_a_tail_without_a_frame_joins_the_window_before_it(full, rest):
+    least = receptive_field(HUBERT)
+    assert least == 400
+    lengths = window_lengths(full * MAX_WINDOW_SAMPLES + rest, least)
+    assert sum(lengths) == full * MAX_WINDOW_SAMPLES + rest
+    assert len(lengths) == full + (rest >= least)
+    assert all(num_convolution_frames(length, HUBERT) for length in lengths)
+    pieces = list(windows(np.zeros(sum(lengths), np.float32), least))
+    assert [len(piece) for piece in pieces] == lengths
+
+
+def test_a_short_clip_is_one_window():
+    assert window_lengths(300, 400) == [300]
+
+
 def test_convolution_frames_and_waveform_features():
-    layers = [(10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)]
+    layers = HUBERT
     assert num_convolution_frames(400, layers) == 1
     assert num_convolution_frames(399, layers) == 0
     assert num_convolution_frames(16000, layers) == 49

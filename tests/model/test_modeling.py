@@ -12,7 +12,8 @@ from ultravox.model.adapters import add_lora
 from ultravox.model.configuration import UltravoxConfig
 from ultravox.model.factory import build_model, build_processor, load_language_model, load_model, save_model
 from ultravox.model.manifest import MANIFEST_FILE
-from ultravox.model.modeling import IGNORE_INDEX, UltravoxModel
+from ultravox.model.modeling import UltravoxModel
+from ultravox.tokens import IGNORE_INDEX
 
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 

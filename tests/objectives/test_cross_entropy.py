@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ultravox.data.collate import IGNORE_INDEX
 from ultravox.objectives.cross_entropy import cross_entropy, next_token_positions
+from ultravox.tokens import IGNORE_INDEX
 
 
 def example(requires_grad_head=False):

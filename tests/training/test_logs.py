@@ -57,6 +57,24 @@ def test_a_row_holds_means_and_rates_of_its_steps(tmp_path):
     assert written[3]["wer"] == 0.25
 
 
+def test_rates_after_a_resume_are_of_the_time_since(tmp_path):
+    """Resumed after step 100, which a process before had taken 1000 s to get to; a step still takes 2 s."""
+    steps = [record(step, max_steps=110, elapsed_seconds=1000 + 2.0 * (step - 100)) for step in range(101, 111)]
+    log = JsonLinesLog(tmp_path / "log.jsonl", log_every=5, elapsed_seconds=1000.0)
+    output = io.StringIO()
+    console = Console(file=output, width=200)
+    progress = TerminalProgress("tune", 110, 5, console, elapsed_seconds=1000.0)
+    for step in steps:
+        log.on_step(step)
+        progress.on_step(step)
+    log.close()
+    progress.close()
+    written = rows(tmp_path / "log.jsonl")
+    assert [row["step"] for row in written] == [105, 110]
+    assert [row["audio_seconds_per_second"] for row in written] == pytest.approx([10, 10])
+    assert output.getvalue().count(" 10 audio-s/s  150 tokens/s") == 2
+
+
 def test_a_step_left_out_is_named_and_not_averaged(tmp_path):
     log = JsonLinesLog(tmp_path / "log.jsonl", log_every=2)
     log.on_step(record(1, loss=math.nan, grad_norm=math.nan, skipped_ids=["clip-7"], metrics={}))
@@ -133,3 +151,22 @@ def test_tensorboard_files(tmp_path):
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("tune/loss")] == [(5, 3.0), (10, 8.0)]
     assert events.Scalars("tune/wer")[0].value == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("resumed_at", [0, 5])
+def test_tensorboard_forgets_what_came_after_the_step_of_a_resume(tmp_path, resumed_at):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ultravox.training.trackers.tensorboard import TensorBoardLog
+
+    for start, add in ((0, 0.0), (resumed_at, 100.0)):
+        log = TensorBoardLog(tmp_path, log_every=1, step=start, elapsed_seconds=2.0 * start)
+        for step in range(start + 1, 9 if add == 0 else 11):
+            log.on_step(record(step, loss=step + add))
+        log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    expected = [(step, step + 100.0 * (step > resumed_at)) for step in range(1, 11)]
+    assert [(event.step, event.value) for event in events.Scalars("tune/loss")] == expected
+    assert all(event.value == pytest.approx(10) for event in events.Scalars("tune/audio_seconds_per_second"))

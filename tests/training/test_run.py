@@ -223,6 +223,120 @@ def test_changed_manifest_is_refused(parts, whole, tmp_path):
             (parts[1] / name).write_bytes(content)
 
 
+@pytest.mark.parametrize("change", ["answer's template", "recording"])
+def test_changed_tokens_or_audio_are_refused(parts, tmp_path, change):
+    """The manifest stays as it is; a resume notices nevertheless."""
+    models = tmp_path / "llm", parts[0][1]
+    shutil.copytree(parts[0][0], models[0])
+    shutil.copytree(parts[1], tmp_path / "tones")
+    config = short_config((models, tmp_path / "tones"), tmp_path / "run", steps=(1, 1))
+    run_training(config)
+    if change == "recording":
+        shutil.copy(tmp_path / "tones" / "audio" / "001.wav", tmp_path / "tones" / "audio" / "000.wav")
+    else:
+        template = models[0] / "chat_template.jinja"
+        template.write_text(template.read_text().replace("\n", " "))
+    with pytest.raises(CheckpointError, match=r"the training data differs: .*tones/train/answer"):
+        run_training(config, resume=True)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_earlier_run_stays_until_the_new_one_is_ready(parts, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    config = short_config(parts, tmp_path / "run").model_dump(mode="json")
+    for section, key in (("model", "language_model"), ("data", "sources")):
+        bad = {**config, section: {**config[section], key: str(tmp_path / "absent")}}
+        if key == "sources":
+            bad[section][key] = [{"name": str(tmp_path / "absent")}]
+        with pytest.raises(UltravoxError, match="absent"):
+            run_training(type(short_config(parts, tmp_path)).model_validate(bad))
+        assert contents(tmp_path / "run") == before
+
+
+def test_a_new_run_removes_what_the_earlier_one_left(parts, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "evaluations" / "other-heldout").mkdir(parents=True)
+    (tmp_path / "run" / "evaluations" / "other-heldout" / "results.json").write_text("{}")
+    (tmp_path / "run" / "report.html").write_text("old")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run_training(short_config(parts, tmp_path / "run", steps=(1, 1)))
+    names = {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
+    assert names == {"config.yaml", "log.jsonl", "checkpoints", "model", "train.json", "notes.txt"}
+
+
+def test_resuming_without_a_checkpoint_says_so_and_begins(parts, whole, tmp_path, capsys):
+    run_training(short_config(parts, tmp_path / "run", steps=(1, 1)), resume=True)
+    assert f"no checkpoint was found in {tmp_path / 'run'}: training starts from" in capsys.readouterr().err
+    assert (tmp_path / "run" / "train.json").is_file()
+    run_training(short_config(parts, tmp_path / "run", steps=(1, 1)), resume=True)
+    assert "no checkpoint" not in capsys.readouterr().err
+
+
+def test_rows_that_are_not_packed_count_their_padding(parts, tmp_path, monkeypatch):
+    tasks, sizes, inner = [], [], TuneTask.loss
+
+    def loss(self, batch):
+        pairs = zip(batch.examples, batch.versions, strict=True)
+        longest = max(len(e.input_ids) - 1 + self.audio_tokens(e, version) for e, version in pairs)
+        sizes.append(longest * len(batch.ids))
+        tasks.append(self)
+        return inner(self, batch)
+
+    monkeypatch.setattr(TuneTask, "loss", loss)
+    for dtype, counts_padding in (("float32", False), ("bfloat16", True)):
+        sizes.clear()
+        config = short_config(parts, tmp_path / dtype, steps=(0, 9), max_batch_tokens=1000).model_dump(mode="json")
+        config["model"]["dtype"] = dtype
+        run_training(type(short_config(parts, tmp_path)).model_validate(config))
+        assert tasks[-1].budget_counts_padding == counts_padding
+        assert max(sizes) <= 1000 or not counts_padding
+
+
+def test_callbacks_are_closed_when_one_cannot_be_made(parts, tmp_path, monkeypatch):
+    import ultravox.training.run as module
+
+    closed = []
+
+    def refuse(*args, **kwargs):
+        raise OSError("no terminal")
+
+    monkeypatch.setattr(module.JsonLinesLog, "close", lambda self: closed.append(self.path))
+    monkeypatch.setattr(module, "TerminalProgress", refuse)
+    with pytest.raises(OSError, match="no terminal"):
+        run_training(short_config(parts, tmp_path / "run", steps=(1, 1)))
+    assert closed == [tmp_path / "run" / "log.jsonl"]
+
+
+def test_each_stage_has_its_own_tensorboard_folder(parts, tmp_path):
+    pytest.importorskip("tensorboard")
+    config = short_config(parts, tmp_path / "run", steps=(1, 1)).model_dump(mode="json")
+    config["logging"]["tensorboard"] = True
+    run_training(type(short_config(parts, tmp_path)).model_validate(config))
+    files = (tmp_path / "run" / "tensorboard").rglob("events.*")
+    assert sorted(path.parent.name for path in files) == STAGES
+
+
+def test_features_of_normalised_and_of_raw_samples_are_kept_apart(tiny_model):
+    from types import SimpleNamespace
+
+    from transformers import HubertConfig
+
+    from ultravox.model.audio_encoder import WaveformAudioEncoder
+    from ultravox.training.speech import Features
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = HubertConfig(**small, conv_dim=(8,) * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    encoders = [WaveformAudioEncoder(config, normalize=normalize) for normalize in (True, False)]
+    keys = [Features(SimpleNamespace(audio_tower=encoder), "float16").cache.key for encoder in encoders]
+    assert keys[0].encoder_hash == keys[1].encoder_hash == "features only"
+    assert keys[0].folder() != keys[1].folder()
+    assert Features(tiny_model, "float16").cache.key.preprocessing == "LogMel-1", "existing caches stay valid"
+
+
 def test_a_folder_with_other_things_is_not_cleared(parts, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("three years")
@@ -239,6 +353,20 @@ def test_two_trainings_in_one_folder(parts, tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UltravoxError, match="another process is training"):
             run_training(short_config(parts, tmp_path / "run"))
+
+
+def test_clips_that_ctc_has_no_room_for_are_named(parts, tmp_path, capsys):
+    config = tiny_config(*parts, tmp_path / "run").model_dump(mode="json")
+    config["model"]["stack_factor"] = 10  # one position for each word: none for a blank between two equal ones
+    for stage in config["stages"]:
+        stage["max_steps"], stage["optim"]["warmup_steps"] = 1, 0
+    run_training(type(tiny_config(*parts, tmp_path / "run")).model_validate(config))
+    align, tune = json.loads((tmp_path / "run" / "train.json").read_text())["stages"]
+    assert align["left_out"]
+    assert 0 < align["num_examples"] < tune["num_examples"]
+    assert all(name.startswith("tone-") for name in align["left_out"])
+    assert tune["left_out"] == []
+    assert f"{len(align['left_out'])} versions of" in capsys.readouterr().err
 
 
 def test_bad_clips_fail_the_run_by_reason(parts, tmp_path):

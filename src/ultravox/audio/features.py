@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ultravox.audio.lengths import HOP_LENGTH, SAMPLE_RATE, num_mel_frames, window_lengths
 
-FEATURES_VERSION = 1  # part of every cache key: raise it when the values below change
 FFT_SAMPLES = 400  # a 25 ms window
 DYNAMIC_RANGE = 8.0  # bels below the loudest bin at which the spectrogram is cut off
 LOWEST_POWER = 1e-10
@@ -23,6 +22,9 @@ LOWEST_POWER = 1e-10
 @runtime_checkable
 class FeatureExtractor(Protocol):
     """A function from one window's waveform to features whose last axis is time."""
+
+    version: int
+    """Part of every cache key: raised when the values change, or the windows that they are computed in."""
 
     def __call__(self, waveform: np.ndarray) -> Tensor:
         """From float32 [sample] to float32 [channel, time]."""
@@ -61,6 +63,8 @@ class LogMel:
     tail is zero-padded to a whole hop and the end is reflected, not followed by silence up to 30 s.
     """
 
+    version = 1
+
     def __init__(self, num_mel_bins: int):
         self.num_mel_bins = num_mel_bins
 
@@ -82,6 +86,8 @@ class LogMel:
 class NormalizedWaveform:
     """The samples themselves, with zero mean and unit variance where the encoder was trained so."""
 
+    version = 2  # 2: clips over 30 s in windows
+
     def __init__(self, *, normalize: bool = True):
         self.normalize = normalize
 
@@ -97,9 +103,9 @@ class NormalizedWaveform:
         return samples[None]
 
 
-def windows(waveform: np.ndarray) -> Iterator[np.ndarray]:
-    """The consecutive windows of at most 30 s of a waveform [sample]."""
+def windows(waveform: np.ndarray, min_samples: int = 1) -> Iterator[np.ndarray]:
+    """The consecutive windows of a waveform [sample], as `window_lengths` has them."""
     start = 0
-    for length in window_lengths(len(waveform)):
+    for length in window_lengths(len(waveform), min_samples):
         yield waveform[start : start + length]
         start += length

@@ -45,7 +45,21 @@ def num_convolution_frames(num_samples: int, layers: Sequence[Sequence[int]]) ->
     return max(0, frames)
 
 
-def window_lengths(num_samples: int) -> list[int]:
-    """Samples of each consecutive window of at most 30 s; each window is encoded on its own."""
+def receptive_field(layers: Sequence[Sequence[int]]) -> int:
+    """The fewest samples that unpadded (kernel, stride) convolutions make a frame of."""
+    samples = 1
+    for kernel, stride in reversed(layers):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
+def window_lengths(num_samples: int, min_samples: int = 1) -> list[int]:
+    """Samples of each consecutive window of 30 s, the last one shorter; each window is encoded on its own.
+
+    Where less than `min_samples` would be left for the last window, they lengthen the one before it: an encoder that
+    hears the waveform makes no frame of less than its receptive field. Whisper does of a single sample.
+    """
     full, rest = divmod(num_samples, MAX_WINDOW_SAMPLES)
+    if full and 0 < rest < min_samples:
+        return [MAX_WINDOW_SAMPLES] * (full - 1) + [MAX_WINDOW_SAMPLES + rest]
     return [MAX_WINDOW_SAMPLES] * full + ([rest] if rest else [])

@@ -100,8 +100,8 @@ class Chat:
 
     def send(self, text: str) -> None:
         """Say it and print the answer as it comes."""
-        waveforms, self.waveforms = self.waveforms, []
-        answer = self.conversation.say(text, waveforms)
+        answer = self.conversation.say(text, self.waveforms)
+        self.waveforms = []  # only now: what say() refuses can be said again in other words
         try:
             for piece in answer:
                 print(piece, end="", flush=True)

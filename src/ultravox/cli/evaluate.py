@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", metavar="N", type=_positive, help="clips decoded at once (default: the run's; else 16)"
     )
-    parser.add_argument("--output", metavar="DIR", type=Path, help="folder for the results (default: the run folder)")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="folder for the results (default: the run folder; a part of it, other data: RUN/evaluations/NAME)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -77,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
         )
     report = write_report(folder, run=checkpoint.run)
     print_results(results, console)
+    if results["left_out"]:
+        missing = ", ".join(results["left_out"])
+        console.print(f"partial: without {missing}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"results  {folder / 'results.json'}", highlight=False, soft_wrap=True)
     console.print(f"report   {report}", highlight=False, soft_wrap=True)
     return 0

@@ -37,6 +37,10 @@ DISK_ERRORS = {
     errno.EDQUOT: "your disk quota is used up; free some space and start again",
     errno.EROFS: "the file system is read-only; choose another place",
     errno.EACCES: "permission denied; choose another place or change its permissions",
+    errno.EEXIST: "there is a file where a folder is needed; choose another place",
+    errno.ENOTDIR: "there is a file where a folder is needed; choose another place",
+    errno.EISDIR: "there is a folder where a file is needed; choose another place",
+    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
 }
 
 

@@ -201,7 +201,8 @@ class StageConfig(Section):
     max_batch_tokens: int = Field(
         4096,
         ge=1,
-        description="budget of one batch: audio positions, padding included (align); all positions, without it (tune)",
+        description="budget of one batch: audio positions (align) or all positions (tune); padding counts, except "
+        "where rows are packed: a Llama model tuned in float32 on a CPU",
     )
     accumulation_steps: int = Field(1, ge=1, le=10_000, description="batches per optimizer step")
     sources: list[Name] | None = Field(None, min_length=1, description="names of the data.sources to use; null = all")
@@ -215,8 +216,9 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
-        if self.objective != "align" and self.align != AlignOptions():
-            raise ValueError(f"options under 'align' have no effect in a stage with objective {self.objective!r}")
+        for name, defaults in (("align", AlignOptions()), ("tune", TuneOptions())):
+            if self.objective != name and getattr(self, name) != defaults:
+                raise ValueError(f"options under {name!r} have no effect in a stage with objective {self.objective!r}")
         if self.max_steps and self.optim.warmup_steps > self.max_steps:
             raise ValueError(f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds max_steps ({self.max_steps})")
         return self

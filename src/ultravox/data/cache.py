@@ -4,19 +4,20 @@ A frozen encoder gives the same frames for the same clip in every epoch and ever
 training then reads a slice of a memory-mapped file instead of running the encoder. The folder's name is a hash of all
 that decides the numbers (weights, preprocessing, dtype), an entry's name one of the audio file's bytes and the speed.
 
-Folder, format version 1: ``shard.bin`` (rows of [frame, channel], appended only), ``index.json`` (rows of each entry,
-and a CRC-32 of them), ``lock``. A process killed in the middle leaves rows that no index names; the next builder cuts
-them off.
+Folder, format version 1: ``shard.bin`` (rows of [frame, channel], appended only), ``index.json`` (rows of each entry, a
+CRC-32 of them, and how many samples the clip has), ``lock``. A process killed in the middle leaves rows that no index
+names; the next builder cuts them off.
 """
 
 import fcntl
 import hashlib
 import json
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -55,7 +56,8 @@ class CacheKey:
 
 @dataclass(frozen=True, slots=True)
 class FeatureRequest:
-    """One clip at one speed. `seconds` (unstretched, from the manifest) only groups clips of like length."""
+    """One clip at one speed. `seconds` (unstretched, from the manifest) groups clips of like length and sorts out those
+    outside the length limits; where it is wrong, the audio itself is found out to be."""
 
     audio: Path
     seconds: float
@@ -97,6 +99,7 @@ class FeatureCache:
         self.key = key
         self.folder = folder or key.folder()
         self._entries: dict[str, tuple[int, int, int]] = {}
+        self._num_samples: dict[str, int] = {}  # of the clip at its own speed; older indexes do not tell
         self._rows = np.zeros((0, key.num_channels), dtype=key.dtype)
         self._good: set[str] = set()
         self._load()
@@ -138,8 +141,9 @@ class FeatureCache:
         report = CacheReport(names=[None] * len(requests))
         hashes: dict[Path, str | None] = {}
         for index, request in enumerate(requests):
-            if request.seconds > max_seconds:
-                report.quarantine("too long", request.audio)  # by its manifest; a wrong one is found out on loading
+            # by its manifest; a wrong one is found out on loading
+            if reason := _outside(request.seconds * SAMPLE_RATE, min_seconds, max_seconds):
+                report.quarantine(reason, request.audio)
                 continue
             if request.audio not in hashes:
                 hashes[request.audio] = sha256_file(request.audio) if request.audio.is_file() else None
@@ -155,6 +159,11 @@ class FeatureCache:
                     limits = (min_seconds, max_seconds)
                     self._encode_missing(missing, encode, limits, max_batch_seconds, report, on_progress)
             report.names = [name if name and name in self else None for name in report.names]
+        for index, name in enumerate(report.names):  # what is cached may have been made with other limits
+            num_samples = self._num_samples.get(name) if name else None
+            if num_samples and (reason := _outside(num_samples, min_seconds, max_seconds)):
+                report.quarantine(reason, requests[index].audio)
+                report.names[index] = None
         report.seconds = time.monotonic() - begin
         return report
 
@@ -182,7 +191,7 @@ class FeatureCache:
         budget = max(int(max_batch_seconds * 1000), int(milliseconds.max()))
         batches = [[names[i] for i in batch] for batch in plan_batches(milliseconds, budget, seed=0, epoch=0)]
 
-        def load(batch: list[str]) -> list[tuple[str, np.ndarray | AudioError]]:
+        def load(batch: list[str]) -> list[tuple[str, tuple[np.ndarray, int] | AudioError]]:
             return [(name, _load(missing[name], *limits)) for name in batch]
 
         done, total = 0.0, float(seconds.sum())
@@ -193,31 +202,43 @@ class FeatureCache:
                 loaded = upcoming.result()
                 if index + 1 < len(batches):
                     upcoming = pool.submit(load, batches[index + 1])
-                for name, waveform in loaded:
-                    if isinstance(waveform, AudioError):
-                        report.quarantine(_reason(waveform, missing[name].audio), missing[name].audio)
-                usable = [(name, waveform) for name, waveform in loaded if isinstance(waveform, np.ndarray)]
+                for name, found in loaded:
+                    if isinstance(found, AudioError):
+                        report.quarantine(_reason(found, missing[name].audio), missing[name].audio)
+                usable = [(name, *found) for name, found in loaded if not isinstance(found, AudioError)]
                 if usable:
-                    frames = encode([waveform for _, waveform in usable])
+                    frames = encode([waveform for _, waveform, _ in usable])
                     report.num_encoder_calls += 1
-                    for (name, _), rows in zip(usable, frames, strict=True):
-                        append(name, rows)
+                    for (name, _, num_samples), rows in zip(usable, frames, strict=True):
+                        append(name, rows, num_samples)
                         report.num_encoded += 1
                 done += sum(length[name] for name in batch)
                 if on_progress:
                     on_progress(done, total)
 
     @contextmanager
-    def _appending(self) -> Iterator[Callable[[str, np.ndarray], None]]:
-        """Append rows behind those that the index names; the index follows, so it names only rows that are there."""
-        num_rows, last_commit = len(self._rows), time.monotonic()
+    def _appending(self) -> Iterator[Callable[[str, np.ndarray, int], None]]:
+        """Append rows behind those that the index names; the index follows, so it names only rows that are there.
+
+        On an error, such as a full disk, the rows that no index names are cut off again.
+        """
+        num_rows = num_indexed = len(self._rows)
+        last_commit = time.monotonic()
         row_bytes = self.key.num_channels * np.dtype(self.key.dtype).itemsize
         shard = self.folder / "shard.bin"
-        with explain_full_disk(shard), open(shard, "ab") as file:
+
+        def cut_off(error: type[BaseException] | None, *_: object) -> None:
+            if error is not None and shard.is_file():
+                os.truncate(shard, num_indexed * row_bytes)
+                self._load()
+
+        with explain_full_disk(shard), ExitStack() as stack:
+            stack.push(cut_off)
+            file = stack.enter_context(open(shard, "ab"))
             file.truncate(num_rows * row_bytes)
 
-            def append(name: str, frames: np.ndarray) -> None:
-                nonlocal num_rows, last_commit
+            def append(name: str, frames: np.ndarray, num_samples: int) -> None:
+                nonlocal num_rows, num_indexed, last_commit
                 if frames.ndim != 2 or frames.shape[1] != self.key.num_channels:
                     raise DataError(f"the encoder gave {frames.shape}, expected [frame, {self.key.num_channels}]")
                 with np.errstate(over="ignore"):
@@ -227,12 +248,13 @@ class FeatureCache:
                     raise DataError(f"features of {name} are not finite in {self.key.dtype}{hint}")
                 file.write(rows.data)
                 self._entries[name] = (num_rows, len(rows), zlib.crc32(rows.data))
+                self._num_samples[name] = num_samples
                 self._good.add(name)
                 num_rows += len(rows)
                 if time.monotonic() - last_commit > SECONDS_BETWEEN_COMMITS:
                     file.flush()
                     self._write_index(num_rows)
-                    last_commit = time.monotonic()
+                    num_indexed, last_commit = num_rows, time.monotonic()
 
             yield append
             file.flush()
@@ -241,16 +263,19 @@ class FeatureCache:
 
     def _write_index(self, num_rows: int) -> None:
         index = {"version": FORMAT_VERSION, "key": asdict(self.key), "num_rows": num_rows, "entries": self._entries}
-        atomic_write(self.folder / "index.json", json.dumps(index))
+        samples = [self._num_samples.get(name) for name in self._entries]
+        atomic_write(self.folder / "index.json", json.dumps({**index, "num_samples": samples}))
 
     def _load(self) -> None:
         """Read the index and map the rows; entries beyond the file's end (a truncated copy) are forgotten."""
         shard, index = self.folder / "shard.bin", self.folder / "index.json"
-        self._entries, num_rows = {}, 0
+        self._entries, self._num_samples, num_rows = {}, {}, 0
         try:
             content = json.loads(index.read_bytes())
             if content["version"] == FORMAT_VERSION and content["key"] == asdict(self.key):
                 self._entries = {name: tuple(entry) for name, entry in content["entries"].items()}
+                samples = zip(self._entries, content.get("num_samples", []), strict=False)
+                self._num_samples = {name: count for name, count in samples if count is not None}
                 num_rows = int(content["num_rows"])
         except (OSError, ValueError, KeyError, TypeError):
             self._entries = {}  # nothing there yet, or damaged: it is a cache, so build it again
@@ -284,12 +309,19 @@ def _reason(error: AudioError, audio: Path) -> str:
     return next((kind for phrase, kind in kinds.items() if phrase in message), "not readable as audio")
 
 
-def _load(request: FeatureRequest, min_seconds: float, max_seconds: float) -> np.ndarray | AudioError:
-    """The waveform at its speed, or why it cannot be had."""
+def _outside(num_samples: float, min_seconds: float, max_seconds: float) -> str | None:
+    """Which length limit a clip of `num_samples` is outside of, if any."""
+    if num_samples < min_seconds * SAMPLE_RATE:
+        return "too short"
+    return "too long" if num_samples > max_seconds * SAMPLE_RATE + 1 else None  # + 1: resampling may add one
+
+
+def _load(request: FeatureRequest, min_seconds: float, max_seconds: float) -> tuple[np.ndarray, int] | AudioError:
+    """The waveform at its speed and how many samples it has at speed 1, or why it cannot be had."""
     try:
         waveform = load_waveform(request.audio, max_seconds=max_seconds)
     except AudioError as error:
         return error
     if len(waveform) < max(1, min_seconds * SAMPLE_RATE):
         return AudioError(f"{request.audio} is too short: {len(waveform)} samples, expected {min_seconds:g} s or more")
-    return waveform if request.speed == 1.0 else change_speed(waveform, request.speed)
+    return change_speed(waveform, request.speed), len(waveform)

@@ -9,13 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, num_audio_tokens, num_encoder_frames, num_mel_frames
 from ultravox.errors import DataError
-
-IGNORE_INDEX = -100
-"""Label of a position where nothing is supervised (PyTorch's default in cross_entropy)."""
-
-MAX_WINDOW_FRAMES = num_encoder_frames(num_mel_frames(MAX_WINDOW_SAMPLES))
+from ultravox.tokens import IGNORE_INDEX
 
 LossMask = Literal["response", "after_audio", "all_text", "assistant_turns"]
 
@@ -46,26 +41,37 @@ def loss_mask(input_ids: np.ndarray, supervised: np.ndarray, audio_token_id: int
     return supervised & (np.arange(len(input_ids)) >= start)
 
 
-def window_frames(num_frames: int) -> list[int]:
-    """Encoder frames of each consecutive 30 s window of a clip; each window is stacked on its own."""
-    full, rest = divmod(num_frames, MAX_WINDOW_FRAMES)
-    return [MAX_WINDOW_FRAMES] * full + ([rest] if rest else [])
+@dataclass(frozen=True, slots=True)
+class WindowSlots:
+    """How the windows of a long clip stand one after the other in one array [step, channel].
 
-
-def clip_audio_tokens(num_frames: int, stack_factor: int) -> int:
-    """Language model positions of a whole clip of `num_frames` encoder frames."""
-    return sum(num_audio_tokens(count, stack_factor) for count in window_frames(num_frames))
-
-
-def pad_frames(
-    clips: Sequence[np.ndarray], max_frames: int | None = None
-) -> tuple[Float[Tensor, "clip frame channel"], Int[Tensor, " clip"]]:
-    """Stack [frame, channel] arrays of any float type into one zero-padded float32 tensor, and their lengths.
-
-    Clips longer than `max_frames` are cut into several rows, in order.
+    All but the last begin a slot of the same size, which the longest possible window fills (`window_lengths`: the last
+    may be a little over 30 s). So the number of rows alone tells where each is.
     """
-    if max_frames is not None:
-        clips = [clip[i : i + max_frames] for clip in clips for i in range(0, max(1, len(clip)), max_frames)]
+
+    full: int
+    """Steps of a window of 30 s."""
+    slot: int
+    """Steps of the longest window."""
+
+    def lengths(self, num_rows: int) -> list[int]:
+        """Steps of each window of a clip that takes `num_rows` rows."""
+        before = max(0, num_rows - 1) // self.slot
+        return [self.full] * before + [num_rows - before * self.slot]
+
+    def join(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
+        """The windows of one clip, each [step, channel], as one array."""
+        padding = np.zeros((self.slot - self.full, pieces[0].shape[1]), dtype=pieces[0].dtype)
+        return np.concatenate([part for piece in pieces[:-1] for part in (piece, padding)] + [pieces[-1]])
+
+    def split(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Undo `join`."""
+        lengths = self.lengths(len(rows))
+        return [rows[index * self.slot :][:length] for index, length in enumerate(lengths)]
+
+
+def pad_frames(clips: Sequence[np.ndarray]) -> tuple[Float[Tensor, "clip frame channel"], Int[Tensor, " clip"]]:
+    """Stack [frame, channel] arrays of any float type into one zero-padded float32 tensor, and their lengths."""
     lengths = [len(clip) for clip in clips]
     padded = np.zeros((len(clips), max(lengths), clips[0].shape[1]), dtype=np.float32)
     for row, clip in zip(padded, clips, strict=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ultravox.data.plan import plan_batches
+from ultravox.data.plan import plan_batches, require_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,12 @@ class BatchOrder:
         max_batch_tokens: budget of a batch.
         seed: of the run.
         count_padding: whether padding counts in the budget.
+
+        Raises:
+            DataError: a version is longer than the budget; found out here, not in the epoch that draws it.
         """
-        self._lengths = np.asarray(lengths, dtype=np.int64).reshape(len(repeats), -1)
+        self._lengths = np.asarray(lengths, dtype=np.int64).reshape(len(repeats), -1 if len(repeats) else 0)
+        require_budget(int(self._lengths.max(initial=0)), max_batch_tokens)
         self._exists = [np.flatnonzero(row > 0) for row in self._lengths]
         self._examples = np.repeat(np.arange(len(repeats)), repeats)
         self._copies = np.concatenate([np.arange(count) for count in repeats]) if len(repeats) else np.zeros(0, int)

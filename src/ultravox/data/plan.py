@@ -14,14 +14,22 @@ from ultravox.errors import DataError
 LENGTH_JITTER = 0.02
 
 
+def require_budget(longest: int, max_batch_tokens: int) -> None:
+    """Raise a DataError when the longest example does not fit into a batch."""
+    if longest > max_batch_tokens:
+        raise DataError(
+            f"the longest example has {longest} tokens, but max_batch_tokens is {max_batch_tokens}: "
+            f"raise max_batch_tokens or lower data.max_audio_seconds"
+        )
+
+
 def plan_batches(
     lengths: np.ndarray | Sequence[int], max_batch_tokens: int, seed: int, epoch: int, *, count_padding: bool = True
 ) -> list[np.ndarray]:
     """Cut one epoch into batches of like length, in random order.
 
     Args:
-        lengths: tokens of each example, [item], or [item, part] when an example has parts that are padded apart
-            (audio and text): a batch then costs its size times the sum of each part's maximum.
+        lengths: tokens of each example, [item].
         max_batch_tokens: budget of one batch.
         seed: of the run.
         epoch: counts from 0.
@@ -34,33 +42,28 @@ def plan_batches(
     """
     if len(lengths) == 0:
         raise DataError("no examples to plan batches from: check data.sources and the length limits")
-    parts = np.asarray(lengths, dtype=np.int64)
-    parts = parts.reshape(len(parts), -1)
-    total = parts.sum(axis=1)
-    if total.min() < 1:
-        raise DataError(f"example {int(total.argmin())} has length {int(total.min())}: expected at least 1")
-    if total.max() > max_batch_tokens:
-        raise DataError(
-            f"the longest example has {int(total.max())} tokens, but max_batch_tokens is {max_batch_tokens}: "
-            f"raise max_batch_tokens or lower data.max_audio_seconds"
-        )
+    tokens = np.asarray(lengths, dtype=np.int64)
+    if tokens.min() < 1:
+        raise DataError(f"example {int(tokens.argmin())} has length {int(tokens.min())}: expected at least 1")
+    longest = int(tokens.max())
+    require_budget(longest, max_batch_tokens)
     random = np.random.default_rng([seed, epoch])
     # The added [0, 1) breaks ties between equal lengths at random.
-    keys = total * (1 + LENGTH_JITTER * random.uniform(-1, 1, len(total))) + random.random(len(total))
+    keys = tokens * (1 + LENGTH_JITTER * random.uniform(-1, 1, len(tokens))) + random.random(len(tokens))
     order = np.argsort(keys, kind="stable")
-    cut = partial(_cut, parts[order]) if count_padding else partial(_packed_cut, total[order])
-    batches = [order[start:stop] for start, stop in _even_cut(cut, int(total.max()), max_batch_tokens)]
+    cut = partial(_padded_cut if count_padding else _packed_cut, tokens[order])
+    batches = [order[start:stop] for start, stop in _even_cut(cut, longest, max_batch_tokens)]
     return [batches[index] for index in random.permutation(len(batches))]
 
 
-def _cut(parts: np.ndarray, budget: int) -> list[tuple[int, int]]:
-    """Greedy cuts of [item, part] so that size × Σ max(part) stays within the budget."""
+def _padded_cut(lengths: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """Greedy cuts of [item] so that size × maximum stays within the budget."""
     cuts = []
     start, window = 0, 16
-    while start < len(parts):
+    while start < len(lengths):
         while True:
-            chunk = parts[start : start + window]
-            cost = np.maximum.accumulate(chunk, axis=0).sum(axis=1) * np.arange(1, len(chunk) + 1)
+            chunk = lengths[start : start + window]
+            cost = np.maximum.accumulate(chunk) * np.arange(1, len(chunk) + 1)
             fits = int(np.searchsorted(cost, budget, side="right"))  # cost only grows
             if fits < len(chunk) or len(chunk) < window:
                 break
@@ -94,12 +97,3 @@ def _even_cut(cut: Callable[[int], list[tuple[int, int]]], longest: int, budget:
         else:
             low = middle
     return cuts
-
-
-def padding_share(lengths: np.ndarray | Sequence[int], batches: Sequence[np.ndarray]) -> float:
-    """The share of the batches' positions that is padding, 0 to 1."""
-    parts = np.asarray(lengths, dtype=np.int64)
-    parts = parts.reshape(len(parts), -1)
-    padded = sum(len(batch) * int(parts[batch].max(axis=0).sum()) for batch in batches)
-    real = sum(int(parts[batch].sum()) for batch in batches)
-    return 1 - real / padded

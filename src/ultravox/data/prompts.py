@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from ultravox.data.manifest import Clip
 from ultravox.errors import DataError
+from ultravox.tokens import AUDIO_TOKEN
 
-AUDIO_TOKEN = "<|audio|>"
 TRANSCRIBE_PROMPT = "Transcribe"
 
 Message = dict[str, str]

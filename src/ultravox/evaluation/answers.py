@@ -100,5 +100,5 @@ def score_answers(
             [int(e) for e in verdicts["swapped"]], [int(e) for e in verdicts["audio"]], ones
         )
         result["difference"] = difference.as_dict()
-    result |= {"rule": RULE, "reference": "the base language model's own answer to the text"}
+    result |= {"rule": RULE}
     return result, verdicts

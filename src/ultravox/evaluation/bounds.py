@@ -14,8 +14,7 @@ from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE
 from ultravox.errors import ModelError, UltravoxError
 from ultravox.evaluation.checkpoint import Checkpoint
 from ultravox.inference.generate import Decoding, generate_tokens
-from ultravox.model.factory import quiet_loading
-from ultravox.model.pretrained import resolve_model
+from ultravox.model.pretrained import quiet_loading, resolve_model
 
 CASCADE_METHOD = (
     "the audio encoder's own pretrained Whisper decoder, greedy; each clip padded to 30 s as Whisper expects, longer "

@@ -10,7 +10,12 @@ from ultravox.evaluation.bounds import TEXT_METHOD, TextReader, find_recogniser
 from ultravox.evaluation.checkpoint import Checkpoint
 from ultravox.evaluation.system import System
 from ultravox.evaluation.token_view import token_view
-from ultravox.inference.generate import answer_batch, transcribe
+from ultravox.inference.generate import (
+    TRANSCRIPT_EXTRA_TOKENS,
+    TRANSCRIPT_TOKENS_PER_SECOND,
+    answer_batch,
+    transcribe,
+)
 from ultravox.metrics.normalize import spoken_form
 from ultravox.model.factory import load_model
 
@@ -36,6 +41,10 @@ def load_system(checkpoint: Checkpoint, *, batch_size: int, max_new_tokens: int)
         recognise=recogniser.transcribe if recogniser else None,
         view_tokens=partial(token_view, model, processor),
         prompt=prompt,
+        transcript_limit={
+            "extra_tokens": TRANSCRIPT_EXTRA_TOKENS,
+            "tokens_per_second": TRANSCRIPT_TOKENS_PER_SECOND,
+        },
         text_method=TEXT_METHOD + ("; words alone, in lower case, as in its training" if spoken else ""),
         absent={"recognise": why_not} if why_not else {},
     )

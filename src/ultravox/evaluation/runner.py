@@ -4,9 +4,9 @@ Beside it stand ``predictions.jsonl`` with every raw text and ``alignment.json``
 ``ultravox.evaluation.report`` turns the three into a page. ``results.json`` is written last: where it is, the rest is.
 """
 
+import errno
 import json
-import resource
-import sys
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +24,13 @@ from ultravox.evaluation.answers import absent_answers, score_answers
 from ultravox.evaluation.bounds import CASCADE_METHOD, TEXT_METHOD
 from ultravox.evaluation.checkpoint import Checkpoint, find_checkpoint, identity
 from ultravox.evaluation.controls import derangement, silence_like
+from ultravox.evaluation.extent import default_output, parts_left_out
 from ultravox.evaluation.scoring import Bootstrap, Score, absent, audio_use
 from ultravox.evaluation.system import Progress, System, in_batches, no_progress
 from ultravox.evaluation.token_view import METHOD as TOKEN_VIEW_METHOD
 from ultravox.files import atomic_write
 from ultravox.metrics.normalize import normaliser_identity, normalize_english
+from ultravox.training.measure import peak_memory_bytes
 
 RESULTS_VERSION = 1
 FAST_CLIPS = 32
@@ -68,15 +70,6 @@ def evenly_spread(clips: Sequence[Clip], limit: int | None) -> list[Clip]:
     if limit < 1:
         raise DataError(f"cannot evaluate on {limit} clips: the limit must be at least 1")
     return [clips[index] for index in np.linspace(0, len(clips) - 1, limit).round().astype(int)]
-
-
-def default_output(checkpoint: Checkpoint, source: str, split: str) -> Path:
-    """Where results go: into the run itself for the data that its config names, else into a folder of their own."""
-    name = f"{Path(source).name.removesuffix('.jsonl')}-{split}"
-    if checkpoint.run is None:
-        return Path(f"evaluation-{checkpoint.model.absolute().name}-{name}")
-    own = (checkpoint.evaluation.get("source", source), checkpoint.evaluation.get("split", split))
-    return checkpoint.run if own == (source, split) else checkpoint.run / "evaluations" / name
 
 
 class _Evaluation:
@@ -241,7 +234,8 @@ def _answers(system: System, questions: list[Clip], settings: Settings, progress
     if system.answer is None:
         return absent_answers(system.reason("answer")), []
     results, rows = _questions(_Evaluation(system, questions, settings, progress))
-    return results | {"source": settings.questions, "split": settings.question_split}, rows
+    asked = {"source": settings.questions, "split": settings.question_split}
+    return results | asked | {"answered_by": description(str(settings.questions)).get("answered_by")}, rows
 
 
 def _write(folder: Path, results: dict, rows: list[dict], views: dict) -> None:
@@ -252,7 +246,7 @@ def _write(folder: Path, results: dict, rows: list[dict], views: dict) -> None:
 
 
 def _load_questions(settings: Settings) -> list[Clip]:
-    """The spoken questions to ask, none where no dataset is named. DataError when one of them has no answer."""
+    """All spoken questions, none where no dataset is named. DataError when one of them has no answer."""
     if settings.questions is None:
         return []
     clips = load_clips(settings.questions, settings.question_split)
@@ -262,7 +256,7 @@ def _load_questions(settings: Settings) -> list[Clip]:
                 f"{settings.questions}, clip {clip.id} has no answer: spoken questions need the language model's own "
                 "answer to their text; fetch the dataset again, or use --questions none"
             )
-    return evenly_spread(clips, settings.clip_limit(FAST_QUESTIONS))
+    return clips
 
 
 def _token_views(evaluation: _Evaluation, errors: Sequence[int]) -> dict:
@@ -282,12 +276,14 @@ def _token_views(evaluation: _Evaluation, errors: Sequence[int]) -> dict:
     return {"version": RESULTS_VERSION, "method": TOKEN_VIEW_METHOD, "clips": clips}
 
 
+def description(source: str) -> dict[str, Any]:
+    """What a dataset's folder says about it; nothing for a bare manifest."""
+    return {} if source.endswith(".jsonl") else read_dataset(source)
+
+
 def is_stand_in(source: str) -> bool:
     """Whether a dataset says that it was synthesised in the place of recordings that could not be had."""
-    try:
-        return bool(read_dataset(source).get("stand_in", False))
-    except DataError:  # a bare manifest has no description
-        return False
+    return bool(description(source).get("settings", {}).get("stand_in", False))
 
 
 def attribution(source: str, clips: Sequence[Clip]) -> dict[str, str]:
@@ -317,15 +313,10 @@ def _provenance(checkpoint: Checkpoint, settings: Settings, system: System, comm
             "decoding": "greedy",
             "batch_size": settings.batch_size,
             "max_new_tokens": settings.max_new_tokens,
+            "transcript_limit": system.transcript_limit,
             "prompt": system.prompt,
         },
     }
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident memory that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def evaluate(
@@ -344,7 +335,7 @@ def evaluate(
     Args:
         checkpoint: a run folder, its ``model/``, or a saved model folder.
         source, split: the clips of the error rates.
-        output: folder for the results; ``default_output`` by default.
+        output: folder for the results; ``default_output`` by default, so that a part never replaces the whole.
         system: what to measure in place of the checkpoint's model (tests).
         progress: called with (task, done, total) after every batch.
         command: how this evaluation was asked for, for the report.
@@ -357,7 +348,18 @@ def evaluate(
     found = find_checkpoint(checkpoint)
     all_clips = load_clips(source, split)
     clips = evenly_spread(all_clips, settings.clip_limit(FAST_CLIPS))
-    questions = _load_questions(settings)
+    all_questions = _load_questions(settings)
+    questions = evenly_spread(all_questions, settings.clip_limit(FAST_QUESTIONS))
+    missing = parts_left_out(
+        found,
+        clips=(len(clips), len(all_clips)),
+        questions=(len(questions), len(all_questions)),
+        question_source=(settings.questions, settings.question_split),
+        fast=settings.fast,
+    )
+    folder = Path(output) if output is not None else default_output(found, source, split, is_partial=bool(missing))
+    if folder.exists() and not folder.is_dir():  # before the minutes that the rest takes
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     if system is None:
         from ultravox.evaluation.loading import load_system
 
@@ -383,6 +385,7 @@ def evaluate(
             "seconds": round(sum(clip.duration for clip in clips), 3),
             "stand_in": is_stand_in(source),
         },
+        "left_out": missing,
         **results,
         "answers": answers,
         "bootstrap": evaluation.bootstrap.as_dict(),
@@ -390,6 +393,5 @@ def evaluate(
         "evaluation_seconds": time.monotonic() - begin,
         "evaluation_peak_memory_bytes": peak_memory_bytes(),
     }
-    folder = Path(output) if output is not None else default_output(found, source, split)
     _write(folder, results, rows + answer_rows, views)
     return results, folder

@@ -28,6 +28,8 @@ class System:
     """The encoder's own recogniser."""
     view_tokens: Callable[[np.ndarray], TokenView] | None = None
     prompt: str = ""
+    transcript_limit: dict[str, float] | None = None
+    """Where ``transcribe`` stops by itself: ``extra_tokens`` and ``tokens_per_second`` of audio; None = nowhere."""
     text_method: str = ""
     """How ``transcribe_text`` puts its text to the model."""
     absent: dict[str, str] = field(default_factory=dict)

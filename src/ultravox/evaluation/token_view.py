@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ultravox.tokens import AUDIO_TOKEN
+
 METHOD = "nearest row of the language model's token embeddings by cosine similarity, for each audio token"
 
 
@@ -30,7 +32,7 @@ def token_view(model, processor, waveform: np.ndarray) -> TokenView:
     """The nearest token of every audio embedding of one waveform [sample] of at most one window."""
     from ultravox.audio.lengths import SAMPLE_RATE
 
-    inputs = processor(text="<|audio|>", audios=[waveform], sampling_rate=SAMPLE_RATE, return_tensors="pt")
+    inputs = processor(text=AUDIO_TOKEN, audios=[waveform], sampling_rate=SAMPLE_RATE, return_tensors="pt")
     frames, frame_lengths = model.encode_audio(inputs["audio_values"].to(model.dtype), inputs["audio_lens"])
     embeddings, token_lengths = model.project(frames, frame_lengths)
     audio = embeddings[0, : int(token_lengths[0])].float()
@@ -38,6 +40,6 @@ def token_view(model, processor, waveform: np.ndarray) -> TokenView:
     cosine = torch.nn.functional.normalize(audio, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T
     best = cosine[:, : len(processor.tokenizer)].max(dim=-1)
     tokens = [processor.tokenizer.decode([index]) for index in best.indices.tolist()]
-    # The last token may reach past the end of the clip (its tail is zero-padded), so its time comes from the config.
-    encoder_frames_per_second = 50
-    return TokenView(tokens, best.values.tolist(), model.config.stack_factor / encoder_frames_per_second)
+    # The last token may reach past the end of the clip (its tail is zero-padded), so its time comes from the model.
+    seconds = model.config.stack_factor / model.audio_tower.frames_per_second
+    return TokenView(tokens, best.values.tolist(), seconds)

@@ -50,7 +50,7 @@ class Conversation:
     def say(self, text: str = "", waveforms: Sequence[np.ndarray] = ()) -> Iterator[str]:
         """Take a user's turn; returns the pieces of the answer as they come.
 
-        A turn whose answer is cut short (the iterator is closed) stays in the dialogue with what was said.
+        A turn whose answer is cut short (the iterator is closed, or Ctrl-C) stays in the dialogue with what was said.
 
         Args:
             text: what the user writes, after the audio.
@@ -75,6 +75,7 @@ class Conversation:
         cache, tokens = self._cache, []
         mask = torch.ones(1, self.num_cached + embeddings.shape[1], dtype=torch.long, device=self.model.device)
         self._cached_text = ""  # until the cache is known to be whole again
+        is_whole = True
 
         def record() -> Iterator[int]:
             for step in generate_tokens(self.model, embeddings, mask, self.decoding, cache):
@@ -83,11 +84,19 @@ class Conversation:
 
         try:
             yield from stream_text(self.processor.tokenizer, record())
+        except GeneratorExit:  # closed by the caller, between two tokens
+            raise
+        except BaseException:  # Ctrl-C inside a pass: some layers may hold the last token already, others not
+            is_whole = False
+            raise
         finally:
             if tokens:
                 decode = self.processor.tokenizer.decode
                 answer = decode(tokens, skip_special_tokens=True)
-                read = decode(tokens[:-1], skip_special_tokens=True)  # the last token is not in the cache
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
                 self._waveforms = waveforms
-                self._cached_text = prompt + read
+                if is_whole:
+                    read = decode(tokens[:-1], skip_special_tokens=True)  # the last token is not in the cache
+                    self._cached_text = prompt + read
+            if not is_whole:
+                self._forget_cache()  # the next turn reads the dialogue anew

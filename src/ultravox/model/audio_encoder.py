@@ -17,6 +17,7 @@ from ultravox.audio.lengths import (
     SAMPLE_RATE,
     num_convolution_frames,
     num_encoder_frames,
+    receptive_field,
 )
 from ultravox.errors import AudioError, ModelError
 from ultravox.model.configuration import ENCODERS
@@ -34,9 +35,11 @@ class AudioEncoder(nn.Module, abc.ABC):
     """Channels of a frame."""
     frames_per_second: int
     feature_extractor: FeatureExtractor
+    min_samples: int
+    """The shortest window that gives a frame."""
 
     def features(self, waveform: np.ndarray) -> Float[Tensor, "channel time"]:
-        """What `forward` takes, of one window [sample] of at most 30 s."""
+        """What `forward` takes, of one window [sample] of `ultravox.audio.features.windows`."""
         return self.feature_extractor(waveform)
 
     def output_length(self, num_samples: int) -> int:
@@ -58,6 +61,7 @@ class WhisperAudioEncoder(AudioEncoder, WhisperEncoder):
     """Whisper's encoder with the weights and names of Hugging Face, on the true length instead of 30 s of padding."""
 
     frames_per_second = ENCODER_FRAMES_PER_SECOND
+    min_samples = 1
     conv1: nn.Conv1d
     conv2: nn.Conv1d
     embed_positions: nn.Embedding
@@ -122,6 +126,7 @@ class WaveformAudioEncoder(AudioEncoder):
         self.config = config
         self.hidden_size = config.hidden_size
         self.layers = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        self.min_samples = receptive_field(self.layers)
         self.frames_per_second = SAMPLE_RATE // int(np.prod(config.conv_stride))
         self.feature_extractor = NormalizedWaveform(normalize=normalize)
         # A group norm over time sees the padding of the whole clip, so such encoders run clip by clip.

@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedModel,
     WhisperModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from ultravox.config.schema import ModelConfig
 from ultravox.errors import CheckpointError, ConfigError, ModelError
@@ -24,8 +23,9 @@ from ultravox.model.audio_encoder import AudioEncoder, WaveformAudioEncoder, Whi
 from ultravox.model.configuration import ENCODERS, UltravoxConfig
 from ultravox.model.kernels import use_fast_linears
 from ultravox.model.modeling import UltravoxModel
-from ultravox.model.pretrained import resolve_model
+from ultravox.model.pretrained import quiet_loading, resolve_model
 from ultravox.model.processing import UltravoxProcessor, add_audio_token
+from ultravox.tokens import AUDIO_TOKEN
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -43,7 +43,7 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     config = UltravoxConfig(
         audio_tower.config,
         language_model.config,
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|audio|>"),
+        audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
         stack_factor=model.stack_factor,
         hidden_size=model.projector_hidden_size,
     )
@@ -216,18 +216,6 @@ def save_model(model: UltravoxModel, processor: UltravoxProcessor, folder: Path)
     with quiet_loading():
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-class quiet_loading:
-    """transformers' progress bars off for the length of a block."""
-
-    def __enter__(self) -> None:
-        self.was_on = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self.was_on:
-            transformers_logging.enable_progress_bar()
 
 
 def _load_base_models(model: UltravoxModel, missing: set[str]) -> set[str]:

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultravox.model.kernels import attend, attend_backward
+from ultravox.model.kernels import attend, attend_backward, register_attention
 
 #: Packed rows are filled up to a multiple of this.
 ROWS_MULTIPLE = 32
+
+#: Attention layers that pass nothing but scaled queries, keys, values and a mask on: no soft cap, no sinks.
+_PLAIN_ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +185,27 @@ class FastAttention(nn.Module):
         return self.o_proj(output), None
 
 
+def use_short_attention(language_model: Any) -> None:
+    """Let a language model compute its attention by `short_attention`; one whose kind is not known keeps its own."""
+    layers = _attention_layers(language_model)
+    if layers and all(type(layer).__name__ in _PLAIN_ATTENTIONS and not layer.attention_dropout for layer in layers):
+        language_model.set_attn_implementation(register_attention())
+
+
 def use_fast_attention(module: nn.Module) -> None:
     """Let each Llama attention layer inside train through `_RotaryAttention`. Parameters and names stay."""
     for child in module.modules():
         kind = type(child)
-        if kind.__name__ == "LlamaAttention" and not getattr(child, "attention_dropout", 0.0):
+        is_plain = kind.__name__ == "LlamaAttention" and not isinstance(child, FastAttention)
+        if is_plain and not getattr(child, "attention_dropout", 0.0):
             child.__class__ = type(kind.__name__, (FastAttention, kind), {"plain_forward": staticmethod(kind.forward)})
 
 
 def takes_packed_rows(language_model: nn.Module) -> bool:
     """Whether every attention layer inside is a `FastAttention`, ready to train on packed rows."""
-    layers = [child for child in language_model.modules() if type(child).__name__.endswith("Attention")]
+    layers = _attention_layers(language_model)
     return bool(layers) and all(isinstance(child, FastAttention) for child in layers)
+
+
+def _attention_layers(language_model: nn.Module) -> list[Any]:
+    return [child for child in language_model.modules() if type(child).__name__.endswith("Attention")]

@@ -25,7 +25,7 @@ class _LoraSwiglu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, scales: tuple[float, float, float], *tensors: Tensor) -> Tensor:
-        merged = [merge(*tensors[3 * i : 3 * i + 3], scales[i]) for i in range(3)]
+        merged = [merge(tensors[3 * i], tensors[3 * i + 1], tensors[3 * i + 2], scales[i]) for i in range(3)]
         gate, up = matmul_transposed(rows, merged[0]), matmul_transposed(rows, merged[1])
         adapters = [tensor for i, tensor in enumerate(tensors) if i % 3]
         ctx.save_for_backward(rows, gate, up, *merged, *adapters)
@@ -35,18 +35,19 @@ class _LoraSwiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, gate, up, gate_weight, up_weight, down_weight, *adapters = ctx.saved_tensors
+        gate_a, gate_b, up_a, up_b, down_a, down_b = adapters
         gradient = gradients[0]
         hidden_gradient = matmul_transposed(gradient, down_weight.t())
         activated = F.silu(gate)
         up_gradient = hidden_gradient * activated
-        down = lora_gradients(activated.mul_(up), gradient, *adapters[4:], ctx.scales[2])
+        down = lora_gradients(activated.mul_(up), gradient, down_a, down_b, ctx.scales[2])
         gate_gradient = torch.ops.aten.silu_backward(hidden_gradient.mul_(up), gate)
         rows_gradient = None
         if ctx.needs_input_grad[0]:
             rows_gradient = matmul_transposed(gate_gradient, gate_weight.t())
             rows_gradient += matmul_transposed(up_gradient, up_weight.t())
-        of_gate = lora_gradients(rows, gate_gradient, *adapters[:2], ctx.scales[0])
-        of_up = lora_gradients(rows, up_gradient, *adapters[2:4], ctx.scales[1])
+        of_gate = lora_gradients(rows, gate_gradient, gate_a, gate_b, ctx.scales[0])
+        of_up = lora_gradients(rows, up_gradient, up_a, up_b, ctx.scales[1])
         return rows_gradient, None, None, *of_gate, None, *of_up, None, *down
 
 
@@ -75,5 +76,6 @@ def use_fast_mlps(module: nn.Module) -> None:
     """Let the SwiGLU layers of a known kind inside train through `_LoraSwiglu`. Parameters and names stay."""
     for child in module.modules():
         kind = type(child)
-        if kind.__name__ in _PLAIN_MLPS and type(child.act_fn).__name__ in _SILUS:
+        is_plain = kind.__name__ in _PLAIN_MLPS and not isinstance(child, FastMlp)
+        if is_plain and type(child.act_fn).__name__ in _SILUS:
             child.__class__ = type(kind.__name__, (FastMlp, kind), {"plain_forward": staticmethod(kind.forward)})

@@ -117,7 +117,7 @@ def use_fast_norms(module: nn.Module) -> None:
     """Let the frozen norms of a known kind inside compute through `_RmsNorm`. Parameters and names stay."""
     for child in module.modules():
         kind = type(child)
-        if kind.__name__ in _PLAIN_RMS_NORMS:
+        if kind.__name__ in _PLAIN_RMS_NORMS and not isinstance(child, FastRmsNorm):
             child.__class__ = type(kind.__name__, (FastRmsNorm, kind), {"plain_forward": staticmethod(kind.forward)})
 
 
@@ -182,6 +182,20 @@ class _Attention(torch.autograd.Function):
         )
 
 
+#: What transformers passes to every attention function, and the mask or the caller already deals with.
+_CARRIED_ELSEWHERE = {
+    "cache_position",
+    "is_causal",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
+
+
 def short_attention(
     module: nn.Module,
     query: Tensor,
@@ -190,12 +204,14 @@ def short_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """An attention function in the form that transformers registers: query [batch, head, target, width] and so on.
 
-    Returns [batch, target, head, width]. Refuses dropout, which the language models here do not use.
+    Returns [batch, target, head, width]. Refuses what would change the result: dropout, a soft cap, sinks and so on.
     """
+    if odd := sorted(name for name in others if others[name] is not None and name not in _CARRIED_ELSEWHERE):
+        raise ValueError(f"this attention knows no {', '.join(odd)}: use sdpa or eager for {type(module).__name__}")
     if dropout:
         raise ValueError("attention dropout is not supported by this attention; set attention_dropout to 0 or use sdpa")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

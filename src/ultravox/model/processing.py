@@ -19,13 +19,14 @@ from ultravox.audio.lengths import (
     num_audio_tokens,
     num_convolution_frames,
     num_encoder_frames,
+    receptive_field,
     window_lengths,
 )
 from ultravox.errors import AudioError, DataError
 from ultravox.model.configuration import UltravoxConfig
 from ultravox.model.manifest import write_manifest
+from ultravox.tokens import AUDIO_TOKEN
 
-AUDIO_TOKEN = "<|audio|>"
 PROCESSOR_FILE = "processor_config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_VERSION = 1
@@ -76,13 +77,18 @@ class UltravoxProcessor(ProcessorMixin):
             return LogMel(self.audio_processor.feature_size)
         return NormalizedWaveform(normalize=self.audio_processor.do_normalize)
 
+    @property
+    def min_samples(self) -> int:
+        """The shortest window that the encoder makes a frame of."""
+        return 1 if self.convolution_layers is None else receptive_field(self.convolution_layers)
+
     def window_tokens(self, num_samples: int) -> list[int]:
         """Language model positions of each 30 s window of a clip."""
-        extractor = self.features
+        lengths, extractor = window_lengths(num_samples, self.min_samples), self.features
         if self.convolution_layers is None:
-            frames = [num_encoder_frames(extractor.length(length)) for length in window_lengths(num_samples)]
+            frames = [num_encoder_frames(extractor.length(length)) for length in lengths]
         else:
-            frames = [num_convolution_frames(n, self.convolution_layers) for n in window_lengths(num_samples)]
+            frames = [num_convolution_frames(length, self.convolution_layers) for length in lengths]
         return [num_audio_tokens(count, self.stack_factor) for count in frames]
 
     def __call__(
@@ -117,7 +123,7 @@ class UltravoxProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         tokens_of_clip = []
         if clips:
-            pieces = [list(windows(clip)) for clip in clips]
+            pieces = [list(windows(clip, self.min_samples)) for clip in clips]
             values = [self.features(window) for clip in pieces for window in clip]
             data["audio_values"], data["audio_lens"] = _pad_time(values)
             token_lengths = [self.window_tokens(len(clip)) for clip in clips]

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ultravox.data.collate import IGNORE_INDEX
 from ultravox.model.kernels import matmul_transposed, uses_onednn
+from ultravox.tokens import IGNORE_INDEX
 
 
 class _FrozenHead(torch.autograd.Function):

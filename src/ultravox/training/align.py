@@ -32,8 +32,9 @@ class AlignTask(SpeechTask):
         for example in examples:
             needed = len(example.transcript) + int((np.diff(example.transcript) == 0).sum())
             counts = [self.audio_tokens(example, version) for version in range(len(example.names))]
-            windows = [self.features.num_windows(frames) for frames in example.num_frames]
+            windows = [len(frames) for frames in example.window_frames]
             usable = [n if n >= needed and w == 1 else 0 for n, w in zip(counts, windows, strict=True)]
+            self.left_out += [example.id] * usable.count(0)
             if any(usable):
                 selected.append(example)
                 lengths.append(usable)

@@ -3,10 +3,7 @@
 import contextlib
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-#: Blocks from this size on are mapped anew each time; the largest that the library takes.
-_LARGEST_HEAP_BLOCK = 32 * 1024 * 1024
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
@@ -16,7 +13,7 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK)
+        library.mallopt(_M_MMAP_MAX, 0)  # or large blocks, such as logits, would be mapped anew each time
         library.mallopt(_M_TRIM_THRESHOLD, -1)
 
 

@@ -69,10 +69,6 @@ class Optimizer:
                     settings.append({"params": parameters, "lr": group.lr, "peak": group.lr, "weight_decay": decay})
         self._adamw = torch.optim.AdamW(settings, betas=betas, eps=eps, fused=True)
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self._named.values())
-
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 

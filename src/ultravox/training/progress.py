@@ -13,11 +13,16 @@ from ultravox.training.trainer import StepRecord
 
 
 class TerminalProgress:
-    """Stage, step, loss, WER so far, audio-seconds and tokens per second, time left, memory."""
+    """Stage, step, loss, WER so far, audio-seconds and tokens per second, time left, memory.
 
-    def __init__(self, stage: str, max_steps: int, log_every: int, console: Console | None = None) -> None:
+    `elapsed_seconds` is how long the stage had trained before it was resumed.
+    """
+
+    def __init__(
+        self, stage: str, max_steps: int, log_every: int, console: Console | None = None, elapsed_seconds: float = 0.0
+    ) -> None:
         self.console = console or Console(stderr=True)
-        self._log_every, self._window, self._wer = log_every, Window(), math.nan
+        self._log_every, self._window, self._wer = log_every, Window(start=elapsed_seconds), math.nan
         self._smooth: float | None = None
         self._live: Progress | None = None
         if self.console.is_terminal:
@@ -45,7 +50,6 @@ class TerminalProgress:
             return
         if due:
             row = self._window.flush(record)
-            # Right after a resume the first window begins at 0 seconds; its rates are too low, then right.
             text = (
                 f"loss {row['loss']:.3f}{self._wer_text()}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
                 f"{row['tokens_per_second']:.0f} tokens/s  {memory_bytes() / 1e9:.1f} GB"

@@ -21,9 +21,7 @@ from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file
 from ultravox.model.factory import build_model, build_processor, save_model
-from ultravox.model.fast_attention import use_fast_attention
-from ultravox.model.fast_mlp import use_fast_mlps
-from ultravox.model.kernels import register_attention, use_fast_linears, use_fast_norms
+from ultravox.model.fast import use_fast_kernels
 from ultravox.model.pretrained import hub_commit, resolve_model
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
@@ -33,7 +31,7 @@ from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.optim import Optimizer
 from ultravox.training.progress import TerminalProgress
 from ultravox.training.speech import SpeechData, prepare_speech
-from ultravox.training.speech_task import SpeechTask, load_trainable
+from ultravox.training.speech_task import SpeechTask
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
 from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
@@ -54,6 +52,7 @@ RUN_FILES = (
     "predictions.jsonl",
     "alignment.json",
     "report.html",
+    "evaluations",
 )
 
 #: Keys that a resumed run may change, since they do not touch its numbers.
@@ -90,16 +89,18 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
     run_dir = Path(config.run_dir)
     names = [stage.name for stage in config.stages]
     with ExitStack() as stack:
-        # 1. One process per run folder; what was there goes, unless it is gone on with
+        # 1. One process per run folder
         _lock(run_dir, stack)
         found = checkpoints.list_checkpoints(run_dir, names)
         if not resume:
-            _clear(run_dir)
+            _require_run_or_nothing(run_dir)
+        elif not found:
+            text = f"no checkpoint was found in {run_dir}: training starts from the beginning"
+            Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
         start = checkpoints.load_checkpoint(found[-1]) if resume and found else None
         if start is not None:
             saved, current = start.state["config"], _deciding_keys(config)
             checkpoints.require_same(saved, current, "the configuration", found[-1])
-        atomic_write(run_dir / "config.yaml", dump_config(config))
 
         # 2. The model; its fresh weights are a function of the seed
         seed_everything(config.seed, "model")
@@ -119,7 +120,10 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
             run.feature_cache_seconds += data.report.seconds
         _announce(config, model, data)
 
-        # 4. The stages
+        # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
+        if not resume:
+            _clear(run_dir)
+        atomic_write(run_dir / "config.yaml", dump_config(config))
         drop_rows_after(run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ()))
         stop = stack.enter_context(stop_on_signals())
         first = names.index(start.state["stage"]) if start else 0
@@ -162,6 +166,12 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     seed_everything(config.seed, stage.name)
     flop_rate = matmul_flop_rate() if stage.objective == "tune" and done is None else 0.0
     task = TASKS[stage.objective](context.model, context.processor, context.data, stage, config.seed)
+    if task.left_out and done is None:
+        text = (
+            f"stage {stage.name}: {len(task.left_out)} versions of {len(set(task.left_out))} clips do not fit this "
+            f"objective and are left out, such as {task.left_out[0]} (all in train.json)"
+        )
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     optim = stage.optim
     groups = task.parameter_groups()
     if not groups:
@@ -169,7 +179,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     optimizer = Optimizer(groups, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
     state = LoopState()
     if start is not None:
-        load_trainable(task.trainable_state(), start.trainable)
+        task.load_trainable_state(start.trainable)
         optimizer.load_state_dict(start.optimizer)
         checkpoints.restore_random_state(start.state["random"])
         state = LoopState(**start.state["loop"])
@@ -219,7 +229,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     release_freed_memory()  # what the stage before has left
     keep_freed_memory()
     with ExitStack() as stack:
-        callbacks = _callbacks(context, state.step, last, stack)
+        callbacks = _callbacks(context, state, last, stack)
         run_stage(task, optimizer, settings, state=state, callbacks=callbacks, save=save, stop=context.stop)
 
 
@@ -236,17 +246,23 @@ class _Last:
         self.values.update(metrics)
 
 
-def _callbacks(context: _Stage, step: int, last: dict[str, float], stack: ExitStack) -> Sequence[Any]:
+def _callbacks(context: _Stage, state: LoopState, last: dict[str, float], stack: ExitStack) -> Sequence[Any]:
+    """What watches the stage; `stack` closes each, also when the next one cannot be made."""
     stage = context.stage
-    callbacks: list[Any] = [JsonLinesLog(context.run_dir / "log.jsonl", stage.log_every, step)]
+    callbacks: list[Any] = []
+
+    def add(callback: Any) -> None:
+        stack.callback(callback.close)
+        callbacks.append(callback)
+
+    add(JsonLinesLog(context.run_dir / "log.jsonl", stage.log_every, state.seconds))
     if context.config.logging.tensorboard:
         if tensorboard_is_installed():
-            callbacks.append(TensorBoardLog(context.run_dir / "tensorboard", stage.log_every, step))
+            folder = context.run_dir / "tensorboard" / stage.name
+            add(TensorBoardLog(folder, stage.log_every, state.step, state.seconds))
         else:
             Console(stderr=True).print("TensorBoard is not installed: no tensorboard/ is written; log.jsonl is")
-    callbacks.append(TerminalProgress(stage.name, stage.max_steps, stage.log_every))
-    for callback in callbacks:
-        stack.callback(callback.close)
+    add(TerminalProgress(stage.name, stage.max_steps, stage.log_every, elapsed_seconds=state.seconds))
     return [*callbacks, _Last(last)]
 
 
@@ -263,6 +279,7 @@ def _stage_summary(
         "evaluation_seconds": state.evaluation_seconds,
         "epochs": state.epoch + state.batch / task.num_batches(state.epoch),
         "num_examples": len(task.examples),
+        "left_out": task.left_out,
         "audio_seconds": state.audio_seconds,
         "audio_seconds_per_second": state.audio_seconds / max(state.seconds, 1e-9),
         "num_tokens": state.num_tokens,
@@ -306,18 +323,6 @@ def seed_everything(seed: int, purpose: str) -> None:
     random.seed(number)
 
 
-def use_fast_kernels(model: Any) -> None:
-    """Linear layers, norms, SwiGLU and attention as a CPU likes them; the same numbers up to rounding."""
-    dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
-    if model.device.type == "cpu" and model.dtype == torch.float32:
-        use_fast_linears(model)
-        use_fast_norms(model.language_model)
-        use_fast_mlps(model.language_model)
-        if not dropout:
-            model.language_model.set_attn_implementation(register_attention())
-            use_fast_attention(model.language_model)
-
-
 def base_models(config: RunConfig) -> dict[str, dict[str, str]]:
     """Name of the pretrained models that a run starts from, and their content's hash or, from the hub, their commit."""
     found = {}
@@ -355,11 +360,15 @@ def _lock(run_dir: Path, stack: ExitStack) -> None:
         ) from error
 
 
-def _clear(run_dir: Path) -> None:
-    """Remove an earlier run. A folder that holds other things and no run is not touched."""
+def _require_run_or_nothing(run_dir: Path) -> None:
+    """Refuse a folder that holds other things and no run: it will be cleared."""
     there = [path for path in run_dir.iterdir() if path.name != ".lock"]
     if there and not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} holds files but no run: choose another run_dir, or empty it")
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove an earlier run."""
     for path in (run_dir / name for name in RUN_FILES):
         if path.is_dir():
             shutil.rmtree(path)

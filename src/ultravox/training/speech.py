@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from ultravox.audio.augment import augment_frames, generator_for
-from ultravox.audio.features import FEATURES_VERSION, windows
-from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, num_audio_tokens, num_encoder_frames
+from ultravox.audio.features import NormalizedWaveform, windows
+from ultravox.audio.lengths import MAX_WINDOW_SAMPLES
 from ultravox.config.schema import AugmentConfig, RunConfig, SourceConfig
 from ultravox.data.cache import CacheKey, CacheReport, FeatureCache, FeatureRequest
-from ultravox.data.collate import MAX_WINDOW_FRAMES, clip_audio_tokens, pad_frames, window_frames
+from ultravox.data.collate import WindowSlots, pad_frames
 from ultravox.data.loader import fingerprint
 from ultravox.data.manifest import Clip, load_clips
 from ultravox.data.prompts import messages_for, render
 from ultravox.errors import DataError
 from ultravox.metrics.normalize import normalize_english, spoken_form
-from ultravox.model.audio_encoder import WhisperAudioEncoder
 from ultravox.training.progress import bar
 
 #: Clips of this length are looked at while training, where there are enough.
@@ -48,8 +47,8 @@ class Example:
     """Tokens of the text alone, [token]."""
     names: list[str] = field(default_factory=list)
     """Entry of the cache for each version."""
-    num_frames: list[int] = field(default_factory=list)
-    """Encoder frames of each version."""
+    window_frames: list[list[int]] = field(default_factory=list)
+    """Encoder frames of each window of each version."""
     seconds: list[float] = field(default_factory=list)
 
 
@@ -60,23 +59,25 @@ class Features:
         self.model, self.encoder = model, model.audio_tower
         self.live = any(parameter.requires_grad for parameter in self.encoder.parameters())
         extractor = self.encoder.feature_extractor
-        preprocessing = f"{type(extractor).__name__}-{FEATURES_VERSION}"
+        preprocessing = f"{type(extractor).__name__}-{extractor.version}"
+        if isinstance(extractor, NormalizedWaveform):  # neither weights nor configuration of the encoder tell
+            preprocessing += "-normalized" if extractor.normalize else "-raw"
         if self.live:
             channels = int(self.encoder.features(np.zeros(1600, dtype=np.float32)).shape[0])
             key = CacheKey("features only", preprocessing, channels, "float32")
         else:
             key = CacheKey(module_hash(self.encoder), preprocessing, self.encoder.hidden_size, dtype)
         self.cache = FeatureCache(key)
-        # Whisper's windows of 30 s are cached one after the other and cut apart again; other encoders take whole clips.
-        self._is_whisper = isinstance(self.encoder, WhisperAudioEncoder)
-        self._steps_per_window = extractor.length(MAX_WINDOW_SAMPLES) if self.live else MAX_WINDOW_FRAMES
+        steps = extractor.length if self.live else self.encoder.output_length
+        longest = MAX_WINDOW_SAMPLES + self.encoder.min_samples - 1
+        self.slots = WindowSlots(full=steps(MAX_WINDOW_SAMPLES), slot=steps(longest))
 
     def encode(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         """Waveforms to what the cache keeps of them, each [frame, channel]."""
-        cut = windows if self._is_whisper else (lambda waveform: iter([waveform]))
-        pieces = [[self.encoder.features(window) for window in cut(waveform)] for waveform in waveforms]
+        least = self.encoder.min_samples
+        pieces = [[self.encoder.features(window) for window in windows(waveform, least)] for waveform in waveforms]
         if self.live:
-            return [torch.cat(piece, dim=-1).T.numpy() for piece in pieces]
+            return [self.slots.join([feature.T.numpy() for feature in piece]) for piece in pieces]
         flat = [feature for piece in pieces for feature in piece]
         lengths = torch.tensor([feature.shape[-1] for feature in flat])
         values = flat[0].new_zeros(len(flat), flat[0].shape[0], int(lengths.max()))
@@ -86,31 +87,16 @@ class Features:
             frames, frame_lengths = self.model.encode_audio(values, lengths)
         rows = [row[:length].float().numpy() for row, length in zip(frames, frame_lengths.tolist(), strict=True)]
         found: Iterator[np.ndarray] = iter(rows)
-        return [np.concatenate([next(found) for _ in piece]) for piece in pieces]
+        return [self.slots.join([next(found) for _ in piece]) for piece in pieces]
 
-    def num_frames(self, name: str) -> int:
-        """Encoder frames of a cached clip."""
-        steps = self.cache.num_frames(name)
-        if not self.live:
-            return steps
-        if not self._is_whisper:
-            return int(self.encoder.output_length(steps))
-        return num_encoder_frames(steps)  # whole windows have an even number of steps
-
-    def num_audio_tokens(self, num_frames: int, stack_factor: int) -> int:
-        """Language model positions of a clip of `num_frames` encoder frames; 0 for 0."""
-        if not self._is_whisper:
-            return num_audio_tokens(num_frames, stack_factor)
-        return clip_audio_tokens(num_frames, stack_factor)
-
-    def num_windows(self, num_frames: int) -> int:
-        """Rows that a clip of `num_frames` encoder frames becomes in a batch."""
-        return len(window_frames(num_frames)) if self._is_whisper else 1
+    def window_frames(self, name: str) -> list[int]:
+        """Encoder frames of each window of a cached clip."""
+        steps = self.slots.lengths(self.cache.num_frames(name))
+        return self.encoder.frame_lengths(torch.tensor(steps)).tolist() if self.live else steps
 
     def load(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What the cache keeps of clips: rows [window, step, channel] padded, and lengths [window]."""
-        limit = self._steps_per_window if self._is_whisper else None
-        return pad_frames([self.cache.frames(name) for name in names], limit)
+        return pad_frames([window for name in names for window in self.slots.split(self.cache.frames(name))])
 
     def frames(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """What `load` gave → encoder frames [window, frame, hidden] and lengths, with a gradient where it trains."""
@@ -160,7 +146,7 @@ class SpeechData:
     features: Features
     report: CacheReport
     fingerprints: dict[str, str]
-    """Source → hash of its clips, to notice a manifest that has changed before a resume."""
+    """Source → hash of its clips, their audio and their tokens: what a resume must find unchanged."""
     seconds: float
     """Of audio, at speed 1."""
     trainable: dict[str, torch.nn.Parameter]
@@ -175,11 +161,10 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     """
     data = config.data
     clips: list[Sourced] = []
-    fingerprints = {}
+    parts: dict[str, list[str]] = {}
     for source in data.sources:
         mine = load_clips(source.name, source.split)[: source.max_clips]
-        key = f"{source.name}/{source.split}/{source.task}"
-        fingerprints[key] = fingerprint([part for clip in mine for part in (clip.id, clip.text, clip.answer or "")])
+        parts[_key(source)] = [part for clip in mine for part in (clip.id, clip.text, clip.answer or "")]
         clips += [(source, clip) for clip in mine]
     progress, training = _keep_out(clips, config.evaluation.num_progress_clips)
 
@@ -194,14 +179,16 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
 
     found: dict[int, Example] = {}
     for (source, clip, speed), name in zip(versions, report.names, strict=True):
+        parts[_key(source)].append(name or "")
         if reason := _unusable(source, clip):
             report.quarantine(reason, clip.audio)
         elif name is not None:
             if id(clip) not in found:
                 found[id(clip)] = _tokenise(source, clip, processor, data.transcript_style)
+                parts[_key(source)] += _tokens(found[id(clip)])
             example = found[id(clip)]
             example.names.append(name)
-            example.num_frames.append(features.num_frames(name))
+            example.window_frames.append(features.window_frames(name))
             example.seconds.append(clip.duration / speed)
     report.require(data.max_quarantine_share, len(clips))
     examples = [found[id(clip)] for _, clip in training if id(clip) in found]
@@ -209,8 +196,19 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         raise DataError("no clip is left to train on: check data.sources and the length limits")
     seconds = sum(clip.duration for _, clip in training if id(clip) in found)
     progress_examples = [found[id(clip)] for _, clip in progress if id(clip) in found]
+    fingerprints = {key: fingerprint(strings) for key, strings in parts.items()}
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return SpeechData(examples, progress_examples, features, report, fingerprints, seconds, trainable)
+
+
+def _key(source: SourceConfig) -> str:
+    """What a source is called among the fingerprints; no two of a run are called the same."""
+    return f"{source.name}/{source.split}/{source.task}"
+
+
+def _tokens(example: Example) -> list[str]:
+    """An example's tokens, for the fingerprint of its source."""
+    return [array.tobytes().hex() for array in (example.input_ids, example.supervised, example.transcript)]
 
 
 def _unusable(source: SourceConfig, clip: Clip) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultravox.audio.lengths import num_audio_tokens
 from ultravox.config.schema import StageConfig
 from ultravox.data.loader import BatchOrder
 from ultravox.errors import CheckpointError
@@ -42,7 +43,8 @@ class SpeechTask(abc.ABC):
 
     parts: tuple[str, ...]
     """Parts of the model that this objective trains, where they train at all."""
-    budget_counts_padding = True
+    budget_counts_padding: bool = True
+    """Whether padding counts in `max_batch_tokens`; packed rows have none."""
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.model, self.tokenizer, self.data, self.stage, self.seed = model, processor.tokenizer, data, stage, seed
@@ -50,6 +52,8 @@ class SpeechTask(abc.ABC):
         self.trainable = data.trainable
         self.extra: nn.Module | None = None
         """Parameters of the objective itself."""
+        self.left_out: list[str] = []
+        """The example of each version that this objective cannot use."""
         chosen = [e for e in data.examples if stage.sources is None or e.source in stage.sources]
         self.examples, lengths = self._select(chosen)
         repeats = [example.repeat for example in self.examples]
@@ -71,7 +75,7 @@ class SpeechTask(abc.ABC):
 
     def audio_tokens(self, example: Example, version: int) -> int:
         """Language model positions of one version's audio."""
-        return self.features.num_audio_tokens(example.num_frames[version], self.stack_factor)
+        return sum(num_audio_tokens(frames, self.stack_factor) for frames in example.window_frames[version])
 
     def num_batches(self, epoch: int) -> int:
         """See `Task`."""
@@ -137,17 +141,13 @@ class SpeechTask(abc.ABC):
         return state
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Undo `trainable_state`."""
-        load_trainable(self.trainable_state(), state)
-
-
-def load_trainable(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into the model's. CheckpointError when names or shapes differ."""
-    if odd := sorted(set(current) ^ set(saved)):
-        where = "only in the checkpoint" if odd[0] in saved else "missing in the checkpoint"
-        raise CheckpointError(f"the checkpoint does not fit the model: {odd[0]} is {where} ({len(odd)} such)")
-    with torch.no_grad():
-        for name, tensor in current.items():
-            if tensor.shape != saved[name].shape:
-                raise CheckpointError(f"{name} has shape {list(saved[name].shape)}, expected {list(tensor.shape)}")
-            tensor.copy_(saved[name])
+        """Undo `trainable_state`. CheckpointError when names or shapes differ."""
+        current = self.trainable_state()
+        if odd := sorted(set(current) ^ set(state)):
+            where = "only in the checkpoint" if odd[0] in state else "missing in the checkpoint"
+            raise CheckpointError(f"the checkpoint does not fit the model: {odd[0]} is {where} ({len(odd)} such)")
+        with torch.no_grad():
+            for name, tensor in current.items():
+                if tensor.shape != state[name].shape:
+                    raise CheckpointError(f"{name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
+                tensor.copy_(state[name])

@@ -20,13 +20,13 @@ class TuneTask(SpeechTask):
     """Transcriptions and answers, each in its conversation."""
 
     parts = ("projector", "language_model", "audio_encoder")
-    budget_counts_padding = False
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.audio_token_id = int(model.config.audio_token_index)
+        self._packs = takes_packed_rows(model.get_decoder())
+        self.budget_counts_padding = not self._packs
         super().__init__(model, processor, data, stage, seed)
         self.pad_token_id = int(self.tokenizer.pad_token_id)
-        self._packs = takes_packed_rows(model.get_decoder())
         kind = stage.tune.loss_mask
         self._masks = {id(e): loss_mask(e.input_ids, e.supervised, self.audio_token_id, kind) for e in self.examples}
 

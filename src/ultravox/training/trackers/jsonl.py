@@ -15,21 +15,18 @@ FORMAT_VERSION = 1
 
 
 class JsonLinesLog:
-    """Appends a row every `log_every` steps, for each evaluation, and for each step left out or with a spike."""
+    """Appends a row every `log_every` steps, for each evaluation, and for each step left out or with a spike.
 
-    def __init__(self, path: Path, log_every: int, resume_step: int = 0, num_decimals: int = 8) -> None:
-        self.path, self.log_every, self._decimals, self._resume_step = path, log_every, num_decimals, resume_step
-        self._window: Window | None = None
-        self._elapsed = 0.0
+    `elapsed_seconds` is how long the stage had trained before it was resumed: rates are of the time after that.
+    """
+
+    def __init__(self, path: Path, log_every: int, elapsed_seconds: float = 0.0, num_decimals: int = 8) -> None:
+        self.path, self.log_every, self._decimals = path, log_every, num_decimals
+        self._window, self._elapsed = Window(start=elapsed_seconds), elapsed_seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a")
 
     def on_step(self, record: StepRecord) -> None:
-        if self._window is None:
-            self._window = Window()
-            # Rates are of this process; the time before it was resumed is in elapsed_seconds.
-            if self._resume_step:
-                self._window.start = record.elapsed_seconds
         self._window.add(record)
         self._elapsed = record.elapsed_seconds
         if record.skipped_ids is not None:

@@ -7,13 +7,16 @@ from ultravox.training.trainer import StepRecord
 
 
 class TensorBoardLog:
-    """Writes each stage's curves under `<stage>/…`."""
+    """Writes one stage's curves under `<stage>/…`. Each stage has a folder of its own, since purging is by folder.
 
-    def __init__(self, folder: Path, log_every: int, resume_step: int = 0) -> None:
+    A stage that goes on from `step`, after `elapsed_seconds`, is rid of the points that were logged later.
+    """
+
+    def __init__(self, folder: Path, log_every: int, step: int = 0, elapsed_seconds: float = 0.0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
-        self._window, self._log_every = Window(), log_every
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._window, self._log_every = Window(start=elapsed_seconds), log_every
 
     def on_step(self, record: StepRecord) -> None:
         self._window.add(record)
