@@ -39,6 +39,8 @@ def summary(run: Path, allow_partial: bool = False) -> dict[str, Any]:
     kept["train"]["stages"] = [
         {key: value for key, value in stage.items() if key != "left_out"} for stage in train["stages"]
     ]
+    if (run / "whole.json").is_file():  # of benchmarks/quickstart.py
+        kept["whole_seconds"] = json.loads((run / "whole.json").read_text())["seconds"]
     return kept
 
 
@@ -82,6 +84,9 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     def asked(kind: str) -> Callable[[dict[str, Any]], str]:
         return lambda run: rate(run.get("answers", {}).get(kind), "share")
 
+    def whole(run: dict[str, Any]) -> str:
+        return f"{run['whole_seconds'] / 60:.1f} min" if "whole_seconds" in run else ABSENT
+
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("**Word error rate**, held-out human speech", lambda run: f"**{rate(run['wer'], 'value')}**"),
         ("Character error rate", lambda run: rate(run["cer"], "value")),
@@ -92,6 +97,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         ("Spoken questions answered as the LLM answers their text", lambda run: rate(run.get("answers"), "share")),
         ("The same with another question's audio", asked("swapped")),
         ("Bound: the same with the question as text", asked("text")),
+        ("Whole command on a fresh clone: set-up, downloads, training, evaluation", whole),
         ("Training time, encoding included", lambda run: f"{run['train']['train_seconds'] / 60:.1f} min"),
         ("CPU threads of training", lambda run: str(run["train"]["num_threads"])),
         ("Peak memory of training", lambda run: gigabytes(run["train"]["peak_memory_bytes"])),
