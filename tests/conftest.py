@@ -32,6 +32,26 @@ def not_fetched():
 
 
 @pytest.fixture(scope="session")
+def write_three_hours():
+    """A function that writes a wav file of three hours, sparse, so that it takes no room."""
+    import struct
+    import wave
+
+    def write(path: Path) -> None:
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 1, 8000, 0, "NONE", ""))
+            file.writeframes(b"\x80")
+        num_bytes = 3 * 3600 * 8000
+        header = bytearray(path.read_bytes()[:44])
+        header[4:8], header[40:44] = struct.pack("<I", num_bytes + 36), struct.pack("<I", num_bytes)
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(44 + num_bytes)
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer_folder(tmp_path_factory) -> Path:
     """A byte tokenizer with ChatML's special tokens, 259 ids, in a folder of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

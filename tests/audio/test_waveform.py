@@ -2,7 +2,6 @@
 
 import io
 import struct
-import wave
 from fractions import Fraction
 
 import av
@@ -134,17 +133,9 @@ def test_truncated_m4a(tmp_path):
         load_waveform(path)
 
 
-def test_three_hours_are_refused_by_the_header(tmp_path, monkeypatch):
+def test_three_hours_are_refused_by_the_header(write_three_hours, tmp_path, monkeypatch):
     path = tmp_path / "long.wav"
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 1, 8000, 0, "NONE", ""))
-        file.writeframes(b"\x80")
-    num_bytes = 3 * 3600 * 8000
-    header = bytearray(path.read_bytes()[:44])
-    header[4:8], header[40:44] = struct.pack("<I", num_bytes + 36), struct.pack("<I", num_bytes)
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(44 + num_bytes)  # a sparse file: three hours that take no room
+    write_three_hours(path)
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *a, **k: pytest.fail("decoded before the check"))
     with pytest.raises(AudioError, match="lasts 10800 s"):
         load_waveform(path)

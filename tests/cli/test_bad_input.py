@@ -1,8 +1,6 @@
 """What users give wrongly ends in one line, exit code 2, and nothing half-written: through the real command line."""
 
 import shutil
-import struct
-import wave
 import zipfile
 from pathlib import Path
 
@@ -42,18 +40,6 @@ def not_a_number(path: Path) -> None:
     soundfile.write(path, waveform, 16000, subtype="FLOAT")
 
 
-def three_hours(path: Path) -> None:
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 1, 8000, 0, "NONE", ""))
-        file.writeframes(b"\x80")
-    num_bytes = 3 * 3600 * 8000
-    header = bytearray(path.read_bytes()[:44])
-    header[4:8], header[40:44] = struct.pack("<I", num_bytes + 36), struct.pack("<I", num_bytes)
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(44 + num_bytes)  # sparse: it takes no room
-
-
 def fails_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The error's text, once code, streams and form are what they should be."""
     assert main(words) == 2
@@ -78,11 +64,11 @@ def test_a_hub_model_without_a_network(part, tiny_models, tmp_path, capsys, monk
     assert "a hub id and a network" in error
 
 
-@pytest.mark.parametrize("make", [empty, zero_length, truncated, not_audio, not_a_number, three_hours])
+@pytest.mark.parametrize("make", [empty, zero_length, truncated, not_audio, not_a_number, None])
 @pytest.mark.parametrize("command", ["ask", "transcribe"])
-def test_broken_audio(command, make, tiny_checkpoint, tmp_path, capsys):
+def test_broken_audio(command, make, write_three_hours, tiny_checkpoint, tmp_path, capsys):
     path = tmp_path / "clip.wav"
-    make(path)
+    (make or write_three_hours)(path)
     words = [command, str(tiny_checkpoint), *(["--audio"] if command == "ask" else []), str(path)]
     assert "clip.wav" in fails_in_one_line(words, capsys)
 

@@ -87,7 +87,7 @@ def test_broken_packages_leave_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_no_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "apt-get").write_text("#!/bin/sh\necho \"E: Could not resolve 'deb.debian.org'\" >&2\nexit 100\n")
+    (tools / "apt-get").write_text("#!/bin/sh\necho \"E: Could not resolve 'archive.example.com'\" >&2\nexit 100\n")
     (tools / "dpkg-deb").write_text("#!/bin/sh\nexit 1\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)

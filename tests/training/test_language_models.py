@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_run import save_tiny_models, save_tones, tiny_config
+from tiny_run import tiny_config
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -35,17 +35,6 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-    return save_tiny_models(folder), save_tones(folder / "tones")
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ULTRAVOX_HOME", str(tmp_path_factory.getbasetemp() / "home"))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import save_tiny_models, save_tones, tiny_config
+from tiny_run import tiny_config
 
 from ultravox.data.cache import FeatureCache
 from ultravox.errors import CheckpointError, ConfigError, DataError, UltravoxError
@@ -22,17 +22,6 @@ from ultravox.training.run import run_training
 from ultravox.training.tune import TuneTask, num_matmul_parameters
 
 STAGES = ["align", "tune"]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    return save_tiny_models(folder), save_tones(folder / "tones")
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ULTRAVOX_HOME", str(tmp_path_factory.getbasetemp() / "home"))
 
 
 def short_config(parts, run_dir, steps=(7, 10), **stage_changes):

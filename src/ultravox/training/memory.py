@@ -7,7 +7,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Keep what is freed for the next step: the system takes up to a fifth of a step to hand the pages out again.
+    """Keep what is freed for the next step: the system takes a good part of a step to hand the pages out again.
 
     Does nothing where the C library is not GNU's. `release_freed_memory` gives the pages back when that is wanted.
     """

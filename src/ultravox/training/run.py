@@ -53,6 +53,7 @@ RUN_FILES = (
     "alignment.json",
     "report.html",
     "evaluations",
+    "whole.json",  # how long all of `make quickstart` took, by benchmarks/quickstart.py
 )
 
 #: Keys that a resumed run may change, since they do not touch its numbers.
