@@ -43,7 +43,7 @@ $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 quickstart: $(VENV)/.installed ## fetch, train, evaluate, report, and one spoken question (15 to 20 minutes)
 	$(BIN)/ultravox models fetch smollm2-135m-instruct whisper-tiny.en
 	$(BIN)/ultravox data fetch asterisk-en synthetic-en spoken-requests-en
-	$(BIN)/ultravox train configs/quickstart.yaml
+	$(BIN)/ultravox train configs/quickstart.yaml --overwrite
 	$(BIN)/ultravox evaluate $(RUN)
 	$(BIN)/ultravox ask $(RUN) --audio examples/question.wav
 	@echo "The report is $(RUN)/report.html; open it in a browser."

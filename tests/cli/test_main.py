@@ -105,7 +105,7 @@ def test_overrides_reach_training(tmp_path, monkeypatch):
     path.write_text(CONFIG)
     calls = []
     training = types.ModuleType("ultravox.training.run")
-    training.run_training = lambda config, resume: calls.append((config, resume))
+    training.run_training = lambda config, resume, overwrite: calls.append((config, resume))
     monkeypatch.setitem(sys.modules, "ultravox.training.run", training)
     words = ["train", "--stages.tune.max_steps", "10", str(path), "--resume", "--seed=-0", "--run_dir", str(tmp_path)]
     assert cli.main(words) == 0
@@ -114,7 +114,7 @@ def test_overrides_reach_training(tmp_path, monkeypatch):
 
 
 def test_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def stop(config, resume):
+    def stop(config, resume, overwrite):
         raise TrainingInterrupted(signal.SIGTERM)
 
     path = tmp_path / "run.yaml"

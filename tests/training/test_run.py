@@ -233,6 +233,19 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_an_earlier_run_is_replaced_only_when_told_so(parts, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"holds a finished run: .*--resume.*--overwrite"):
+        run_training(short_config(parts, tmp_path / "run"))
+    assert contents(tmp_path / "run") == before
+    (tmp_path / "run" / "train.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(ConfigError, match="holds a run with checkpoints"):
+        run_training(short_config(parts, tmp_path / "run"))
+    assert list_checkpoints(tmp_path / "run", STAGES)
+
+
 def test_an_earlier_run_stays_until_the_new_one_is_ready(parts, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     before = contents(tmp_path / "run")
@@ -242,7 +255,7 @@ def test_an_earlier_run_stays_until_the_new_one_is_ready(parts, whole, tmp_path)
         if key == "sources":
             bad[section][key] = [{"name": str(tmp_path / "absent")}]
         with pytest.raises(UltravoxError, match="absent"):
-            run_training(type(short_config(parts, tmp_path)).model_validate(bad))
+            run_training(type(short_config(parts, tmp_path)).model_validate(bad), overwrite=True)
         assert contents(tmp_path / "run") == before
 
 
@@ -252,7 +265,7 @@ def test_a_new_run_removes_what_the_earlier_one_left(parts, whole, tmp_path):
     (tmp_path / "run" / "evaluations" / "other-heldout" / "results.json").write_text("{}")
     (tmp_path / "run" / "report.html").write_text("old")
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    run_training(short_config(parts, tmp_path / "run", steps=(1, 1)))
+    run_training(short_config(parts, tmp_path / "run", steps=(1, 1)), overwrite=True)
     names = {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
     assert names == {"config.yaml", "log.jsonl", "checkpoints", "model", "train.json", "notes.txt"}
 

@@ -9,14 +9,16 @@ TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The config file and --resume; every other --key is a key of the config."""
-    parser.usage = "ultravox train CONFIG [--resume] [--KEY VALUE …]"
+    """The config file, --resume and --overwrite; every other --key is a key of the config."""
+    parser.usage = "ultravox train CONFIG [--resume | --overwrite] [--KEY VALUE …]"
     parser.add_argument(
         "config", metavar="CONFIG", type=Path, help="YAML file of the run, such as configs/quickstart.yaml"
     )
-    parser.add_argument(
+    before = parser.add_mutually_exclusive_group()
+    before.add_argument(
         "--resume", action="store_true", help="go on from the run's last checkpoint, exactly as if it had not stopped"
     )
+    before.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder already")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from ultravox.training.run import run_training
 
     try:
-        run_training(config, resume=args.resume)
+        run_training(config, resume=args.resume, overwrite=args.overwrite)
     except TrainingInterrupted as interruption:
         print(f"ultravox: {interruption}", file=sys.stderr)
         return interruption.exit_code

@@ -1,10 +1,8 @@
 """One training run, from a configuration to a folder: `run_training`."""
 
-import fcntl
 import hashlib
 import json
 import random
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,7 +16,7 @@ from rich.console import Console
 
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
-from ultravox.errors import ConfigError, UltravoxError
+from ultravox.errors import UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file
 from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.fast import use_fast_kernels
@@ -30,6 +28,7 @@ from ultravox.training.measure import matmul_flop_rate, memory_bytes, peak_memor
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.optim import Optimizer
 from ultravox.training.progress import TerminalProgress
+from ultravox.training.run_folder import clear, lock, require_free
 from ultravox.training.speech import SpeechData, prepare_speech
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
@@ -39,22 +38,6 @@ from ultravox.training.tune import TuneTask, num_matmul_parameters
 
 FORMAT_VERSION = 1
 TASKS: dict[str, type[SpeechTask]] = {"align": AlignTask, "tune": TuneTask}
-
-#: What a run leaves behind; a new run in the same folder removes it.
-RUN_FILES = (
-    "config.yaml",
-    "log.jsonl",
-    "tensorboard",
-    "checkpoints",
-    "model",
-    "train.json",
-    "results.json",
-    "predictions.jsonl",
-    "alignment.json",
-    "report.html",
-    "evaluations",
-    "whole.json",  # how long all of `make quickstart` took, by benchmarks/quickstart.py
-)
 
 #: Keys that a resumed run may change, since they do not touch its numbers.
 FREE_KEYS = ("run_dir", "logging", "evaluation")
@@ -73,16 +56,18 @@ class RunState:
     """Summaries of the stages that are done."""
 
 
-def run_training(config: RunConfig, resume: bool = False) -> Path:
+def run_training(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as the configuration says.
 
     Args:
-        config: of the run. Without `resume`, an earlier run in its folder is replaced.
+        config: of the run.
         resume: go on from the last checkpoint, bit for bit as if the run had not stopped; without one, begin.
+        overwrite: replace an earlier run in the folder, once the new one is ready to begin.
 
     Returns: the run folder, with `model/` in the public format and `train.json`.
 
     Raises:
+        ConfigError: the folder holds a run, and neither `resume` nor `overwrite` is set.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint was saved.
         UltravoxError: whatever in the configuration, the data or a checkpoint does not fit.
     """
@@ -91,10 +76,10 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
     names = [stage.name for stage in config.stages]
     with ExitStack() as stack:
         # 1. One process per run folder
-        _lock(run_dir, stack)
+        lock(run_dir, stack)
         found = checkpoints.list_checkpoints(run_dir, names)
         if not resume:
-            _require_run_or_nothing(run_dir)
+            require_free(run_dir, overwrite=overwrite)
         elif not found:
             text = f"no checkpoint was found in {run_dir}: training starts from the beginning"
             Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
@@ -123,7 +108,7 @@ def run_training(config: RunConfig, resume: bool = False) -> Path:
 
         # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
         if not resume:
-            _clear(run_dir)
+            clear(run_dir)
         atomic_write(run_dir / "config.yaml", dump_config(config))
         drop_rows_after(run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ()))
         stop = stack.enter_context(stop_on_signals())
@@ -348,33 +333,6 @@ def _deciding_keys(config: RunConfig) -> dict[str, Any]:
         for key in FREE_STAGE_KEYS:
             stage.pop(key)
     return {**content, "evaluation": {"num_progress_clips": progress_clips}}  # they are kept out of training
-
-
-def _lock(run_dir: Path, stack: ExitStack) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context((run_dir / ".lock").open("w"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UltravoxError(
-            f"another process is training in {run_dir}: wait for it, or choose another run_dir"
-        ) from error
-
-
-def _require_run_or_nothing(run_dir: Path) -> None:
-    """Refuse a folder that holds other things and no run: it will be cleared."""
-    there = [path for path in run_dir.iterdir() if path.name != ".lock"]
-    if there and not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir} holds files but no run: choose another run_dir, or empty it")
-
-
-def _clear(run_dir: Path) -> None:
-    """Remove an earlier run."""
-    for path in (run_dir / name for name in RUN_FILES):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:

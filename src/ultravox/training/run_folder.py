@@ -1,0 +1,60 @@
+"""A run's folder: one process at a time, and never replaced unasked."""
+
+import fcntl
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+from ultravox.errors import ConfigError, UltravoxError
+
+#: What a run leaves behind; a new run in the same folder removes it.
+RUN_FILES = (
+    "config.yaml",
+    "log.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "model",
+    "train.json",
+    "results.json",
+    "predictions.jsonl",
+    "alignment.json",
+    "report.html",
+    "evaluations",
+    "whole.json",  # how long all of `make quickstart` took, by benchmarks/quickstart.py
+)
+
+
+def lock(run_dir: Path, stack: ExitStack) -> None:
+    """Keep a run folder for this process until `stack` closes."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context((run_dir / ".lock").open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UltravoxError(
+            f"another process is training in {run_dir}: wait for it, or choose another run_dir"
+        ) from error
+
+
+def require_free(run_dir: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds other things and no run, or a run that cost time to train; ConfigError.
+
+    With `overwrite` a run may be there: `clear` will remove it.
+    """
+    there = [path for path in run_dir.iterdir() if path.name != ".lock"]
+    if there and not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} holds files but no run: choose another run_dir, or empty it")
+    if not overwrite and (any(run_dir.glob("checkpoints/*")) or (run_dir / "model").is_dir()):
+        what = "a finished run" if (run_dir / "train.json").is_file() else "a run with checkpoints"
+        raise ConfigError(
+            f"{run_dir} holds {what}: go on with it (--resume), replace it (--overwrite), or choose another --run_dir"
+        )
+
+
+def clear(run_dir: Path) -> None:
+    """Remove an earlier run."""
+    for path in (run_dir / name for name in RUN_FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
