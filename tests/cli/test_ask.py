@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,19 +79,51 @@ def test_a_recording_outlives_a_message_that_is_refused(tiny_checkpoint, clips):
             "2 <|audio|> placeholders, 1 audio",
         ),
         (["ask", "nowhere", "--audio", "CLIP"], "no checkpoint nowhere"),
-        (["transcribe", "CHECKPOINT", "CLIP", "TEXT"], "is not audio"),
+        (["transcribe", "CHECKPOINT", "TEXT"], "is not audio"),
+        (["transcribe", "CHECKPOINT", "BLIP"], "lasts 0.050 s: expected speech of at least 0.1 s"),
+        (["ask", "CHECKPOINT", "--audio", "BLIP"], "lasts 0.050 s: expected speech of at least 0.1 s"),
         (["transcribe", "CHECKPOINT", "CLIP", "--batch-size", "0"], "--batch-size"),
     ],
 )
 def test_errors_are_one_line_and_code_2(tiny_checkpoint, clips, capsys, tmp_path, words, message):
     (tmp_path / "text.wav").write_text("not audio at all " * 50)
-    names = {"CHECKPOINT": str(tiny_checkpoint), "CLIP": clips[0], "TEXT": str(tmp_path / "text.wav")}
+    write_waveform(tmp_path / "blip.wav", np.full(800, 0.1, np.float32))
+    files = {"TEXT": str(tmp_path / "text.wav"), "BLIP": str(tmp_path / "blip.wav")}
+    names = {"CHECKPOINT": str(tiny_checkpoint), "CLIP": clips[0], **files}
     assert main([names.get(word, word) for word in words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("ultravox: error: ")
     assert message in captured.err
+
+
+def test_transcribe_keeps_the_others_when_a_file_cannot_be_used(tiny_checkpoint, clips, capsys, tmp_path):
+    missing = str(tmp_path / "missing.wav")
+    words = ["transcribe", str(tiny_checkpoint), clips[0], missing, clips[1], "--max-new-tokens", "5"]
+    assert main([*words, "--json"]) == 2
+    captured = capsys.readouterr()
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    assert [row["file"] for row in rows] == [clips[0], missing, clips[1]]
+    assert ["text" in row for row in rows] == [True, False, True]
+    assert "missing.wav does not exist" in rows[1]["error"]
+    assert "missing.wav does not exist" in captured.err
+    assert "1 of 3 files could not be used" in captured.err
+    assert main(words) == 2
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [clips[0], clips[1]]
+
+
+@pytest.mark.parametrize("words", [["ask", "--audio", "x.wav"], ["transcribe", "x.wav"], ["chat"], ["evaluate"]])
+def test_a_wrong_checkpoint_is_told_before_anything_heavy_is_loaded(words):
+    code = f"""
+import sys
+from ultravox.cli.main import main
+assert main([{words[0]!r}, "nowhere", *{words[1:]!r}]) == 2
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("ultravox: error: no checkpoint nowhere")
 
 
 @pytest.mark.parametrize("line", ["/audio missing.wav", "/unknown"])

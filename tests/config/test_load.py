@@ -154,6 +154,10 @@ def test_a_stage_with_no_steps_is_left_out(write):
         (["--stages.3.max_steps", "0"], "nothing named '3'"),
         (["--data.speeds", "[1, 1.0]"], "one speed twice"),
         (["--seed", "[1"], "seed: .*valid integer"),
+        (
+            ["--stages.tune.max_steps", "3"],
+            r"line: --stages.tune.max_steps: .*--stages.tune.optim.warmup_steps 0",
+        ),
     ],
 )
 def test_wrong_overrides(write, overrides, message):
@@ -179,7 +183,7 @@ def test_wrong_overrides(write, overrides, message):
         ("projector: 1e-3", "projector: .nan", r"run\.yaml:15: .*finite"),
         ("projector: 1e-3", "projector: .inf", r"run\.yaml:15: "),
         ("projector: 1e-3", "projector: 3", r"should be ≤ 1, got 3"),
-        ("warmup_steps: 5", "warmup_steps: 51", r"run\.yaml:16: stages\[1\]: .*warmup_steps \(51\) exceeds max_steps"),
+        ("warmup_steps: 5", "warmup_steps: 51", r"run\.yaml:\d+: stages\[1\]: .*warmup_steps \(51\) exceeds max_steps"),
         ("    max_steps: 50\n", "", r"run\.yaml:16: key 'max_steps' is missing in stages\[1\]"),
         ("objective: tune", "objective: tuna", r"run\.yaml:17: stages\[1\].objective: should be 'align' or 'tune'"),
         ("name: tune", "name: align", "two stages are named 'align'"),

@@ -139,7 +139,7 @@ def test_checkpoint_is_a_run_or_a_model(run_folder, tmp_path, dataset):
     assert model.train["train_seconds"] == 12.5
     with pytest.raises(CheckpointError, match="no checkpoint"):
         find_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="holds no model"):
+    with pytest.raises(CheckpointError, match="holds no saved model"):
         find_checkpoint(dataset)
     before = identity(run)["sha256"]
     (run_folder / "model" / "model.safetensors").write_bytes(b"weightz")

@@ -270,12 +270,10 @@ def test_a_new_run_removes_what_the_earlier_one_left(parts, whole, tmp_path):
     assert names == {"config.yaml", "log.jsonl", "checkpoints", "model", "train.json", "notes.txt"}
 
 
-def test_resuming_without_a_checkpoint_says_so_and_begins(parts, whole, tmp_path, capsys):
-    run_training(short_config(parts, tmp_path / "run", steps=(1, 1)), resume=True)
-    assert f"no checkpoint was found in {tmp_path / 'run'}: training starts from" in capsys.readouterr().err
-    assert (tmp_path / "run" / "train.json").is_file()
-    run_training(short_config(parts, tmp_path / "run", steps=(1, 1)), resume=True)
-    assert "no checkpoint" not in capsys.readouterr().err
+def test_resuming_without_a_checkpoint_is_refused_and_leaves_nothing(parts, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no checkpoint to go on from: leave out --resume"):
+        run_training(short_config(parts, tmp_path / "run", steps=(1, 1)), resume=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_that_are_not_packed_count_their_padding(parts, tmp_path, monkeypatch):
@@ -371,7 +369,7 @@ def test_clips_that_ctc_has_no_room_for_are_named(parts, tmp_path, capsys):
     assert f"{len(align['left_out'])} versions of" in capsys.readouterr().err
 
 
-def test_bad_clips_fail_the_run_by_reason(parts, tmp_path):
+def test_bad_clips_fail_the_run_by_reason(parts, tmp_path, capsys):
     shutil.copytree(parts[1], tmp_path / "tones")
     (tmp_path / "tones" / "audio" / "003.wav").write_bytes(b"RIFFnonsense")
     config = short_config((parts[0], tmp_path / "tones"), tmp_path / "run", steps=(1, 1))
@@ -380,7 +378,9 @@ def test_bad_clips_fail_the_run_by_reason(parts, tmp_path):
     content = config.model_dump(mode="json")
     content["data"]["max_quarantine_share"] = 0.1
     run = run_training(type(config).model_validate(content))
-    assert sum(json.loads((run / "train.json").read_text())["quarantined"].values()) == 1
+    (named,) = json.loads((run / "train.json").read_text())["quarantined"].values()
+    assert named == [str(tmp_path / "tones" / "audio" / "003.wav")]
+    assert named[0] in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("part", ["audio_encoder_lora", "train_audio_encoder"])

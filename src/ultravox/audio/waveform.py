@@ -17,9 +17,10 @@ from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.errors import AudioError
 from ultravox.files import atomic_write
 
-__all__ = ["SAMPLE_RATE", "change_speed", "load_waveform", "write_waveform"]
+__all__ = ["SAMPLE_RATE", "change_speed", "load_speech", "load_waveform", "require_speech", "write_waveform"]
 
 MAX_SECONDS = 600.0
+MIN_SPEECH_SECONDS = 0.1  # no word is shorter, and a model that is asked what was said would invent one
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 2_000, 384_000  # samples per second; a header outside of this lies
 MAX_CHANNELS = 64
 BLOCK_FRAMES = 1 << 16
@@ -74,6 +75,19 @@ def load_waveform(source: str | Path | bytes | BinaryIO, *, max_seconds: float =
             "copy or download it again"
         )
     return _resample(np.concatenate(blocks), decoder.rate)
+
+
+def load_speech(source: str | Path | bytes | BinaryIO) -> np.ndarray:
+    """`load_waveform` of a recording that a model is to answer; AudioError also when it is too short to hold a word."""
+    waveform = load_waveform(source)
+    require_speech(waveform, str(source) if isinstance(source, str | os.PathLike) else "the audio data")
+    return waveform
+
+
+def require_speech(waveform: np.ndarray, name: str) -> None:
+    """AudioError when a waveform [sample] is too short to hold a word."""
+    if (seconds := len(waveform) / SAMPLE_RATE) < MIN_SPEECH_SECONDS:
+        raise AudioError(f"{name} lasts {seconds:.3f} s: expected speech of at least {MIN_SPEECH_SECONDS} s")
 
 
 def write_waveform(path: str | Path, waveform: np.ndarray) -> None:

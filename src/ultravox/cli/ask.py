@@ -31,13 +31,15 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the audio first: a wrong file should not wait for the model."""
-    from ultravox.audio.waveform import load_waveform
+    """Look at the files first: a wrong one should not wait for the model."""
+    from ultravox.audio.waveform import load_speech
     from ultravox.errors import UltravoxError
+    from ultravox.model.folder import find_model_folder
 
     if not args.audio and not args.prompt:
         raise UltravoxError("nothing to ask: give --audio FILE, --prompt TEXT or both")
-    waveforms = [load_waveform(path) for path in args.audio]
+    find_model_folder(args.checkpoint)
+    waveforms = [load_speech(path) for path in args.audio]
 
     from ultravox.inference.api import load
 

@@ -34,6 +34,10 @@ def run(args: argparse.Namespace) -> int:
         import readline  # noqa: F401 - gives input() a history and keys
 
     from ultravox.errors import UltravoxError
+    from ultravox.model.folder import find_model_folder
+
+    find_model_folder(args.checkpoint)  # before the imports that take seconds
+
     from ultravox.inference.api import load
     from ultravox.inference.generate import Decoding
 
@@ -91,10 +95,10 @@ class Chat:
 
     def add_audio(self, path: str) -> None:
         """Keep a recording for the next message."""
-        from ultravox.audio.waveform import SAMPLE_RATE, load_waveform
+        from ultravox.audio.waveform import SAMPLE_RATE, load_speech
 
         path = path.strip().strip("'\"")
-        waveform = load_waveform(path)
+        waveform = load_speech(path)
         self.waveforms.append(waveform)
         print(f"({path}: {len(waveform) / SAMPLE_RATE:.1f} s)", file=sys.stderr)
 

@@ -299,8 +299,8 @@ def _validate(document: _Document) -> RunConfig:
         place = f" in {_dotted(path[:-1])}" if path[:-1] else ""
         raise ConfigError(f"{where}: key '{path[-1]}' is missing{place}{more}")
     message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-    if first["type"] == "value_error" and " takes no true/false" in message:
-        where = document.where((*path, message.split()[0]))
+    if first["type"] == "value_error":
+        where = document.where(_blamed(document, path, message))
     message = (
         message.replace("greater than or equal to", "be ≥")
         .replace("less than or equal to", "be ≤")
@@ -308,6 +308,14 @@ def _validate(document: _Document) -> RunConfig:
     )
     given = "" if first["type"] == "value_error" else f", got {_short(first['input'])}"
     raise ConfigError(f"{where}: {_dotted(path) + ': ' if path else ''}{message}{given}{more}")
+
+
+def _blamed(document: _Document, section: KeyPath, message: str) -> KeyPath:
+    """Of the keys that a section's error names, one from the command line, else the first."""
+    words = set(re.findall(r"[\w.]+", message))
+    named = [key for key in document.origin if key[: len(section)] == section and _dotted(key[len(section) :]) in words]
+    given = [key for key in named if document.origin[key].startswith(COMMAND_LINE)]
+    return next(iter(given or named), section)
 
 
 def _raise_unknown(where: str, key: str, section: KeyPath, names: list[str], more: str = "") -> None:

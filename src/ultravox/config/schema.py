@@ -220,7 +220,10 @@ class StageConfig(Section):
             if self.objective != name and getattr(self, name) != defaults:
                 raise ValueError(f"options under {name!r} have no effect in a stage with objective {self.objective!r}")
         if self.max_steps and self.optim.warmup_steps > self.max_steps:
-            raise ValueError(f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds max_steps ({self.max_steps})")
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds max_steps ({self.max_steps}); lower it too, "
+                f"such as --stages.{self.name}.optim.warmup_steps {self.max_steps // 10}"
+            )
         return self
 
 
@@ -247,7 +250,11 @@ class RunConfig(Section):
     """Everything about one run."""
 
     version: Literal[1] = Field(1, description="version of this format")
-    run_dir: Name = Field("runs/default", description="the run's folder; by default runs/<name of the YAML file>")
+    run_dir: Name = Field(
+        "runs/default",
+        description="the run's folder, never inherited",
+        json_schema_extra={"default": "runs/<name of the YAML file>"},
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     data: DataConfig = Field(default_factory=DataConfig, description="the training data")

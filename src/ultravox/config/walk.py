@@ -70,6 +70,8 @@ def _describe(model: type[BaseModel], prefix: str, fields: dict[str, FieldInfo])
 def _default(info: FieldInfo) -> str:
     if info.is_required():
         return "required"
+    if isinstance(info.json_schema_extra, dict) and "default" in info.json_schema_extra:
+        return str(info.json_schema_extra["default"])  # one that depends on more than the schema
     value = info.get_default(call_default_factory=True, validated_data={})
     return "required" if value is PydanticUndefined else _as_yaml(value)
 

@@ -10,6 +10,7 @@ import yaml
 
 from ultravox.errors import CheckpointError
 from ultravox.files import sha256_file
+from ultravox.model.folder import find_model_folder
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template.jinja")
 
@@ -41,17 +42,9 @@ class Checkpoint:
 def find_checkpoint(path: str | Path) -> Checkpoint:
     """Resolve a run folder, its ``model/``, or any saved model folder. CheckpointError when it is none of them."""
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise CheckpointError(f"no checkpoint {path}: expected a run folder, its model/ or a saved model folder")
-    run: Path | None
-    if (path / "model" / "config.json").is_file():
-        model, run = path / "model", path
-    elif (path / "config.json").is_file():
-        model = path
-        run = path.absolute().parent if (path.absolute().parent / "config.yaml").is_file() else None
-    else:
-        raise CheckpointError(f"{path} holds no model: expected config.json there, or in {path / 'model'}")
-    if run is None:
+    model = find_model_folder(path)
+    run = path if model != path else path.absolute().parent
+    if model == path and not (run / "config.yaml").is_file():
         return Checkpoint(model, None)
     return Checkpoint(model, run, read_yaml(run / "config.yaml"), read_json(run / "train.json"))
 

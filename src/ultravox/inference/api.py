@@ -1,12 +1,12 @@
 """``ultravox.load(path)``: a model in three lines of Python."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, overload
 
 import numpy as np
 
-from ultravox.audio.waveform import load_waveform
+from ultravox.audio.waveform import load_speech, require_speech
 from ultravox.data.prompts import user_message
 from ultravox.errors import AudioError
 from ultravox.inference.conversation import Conversation
@@ -57,11 +57,23 @@ class Ultravox:
         return pieces if stream else "".join(pieces).strip()
 
     def transcribe(
-        self, files: Audio | Sequence[Audio], *, batch_size: int = 8, max_new_tokens: int = 256
+        self,
+        files: Audio | Sequence[Audio],
+        *,
+        batch_size: int = 8,
+        max_new_tokens: int = 256,
+        on_progress: Callable[[int], None] | None = None,
     ) -> list[str]:
-        """Write down what is said in each recording, in their order."""
+        """Write down what is said in each recording, in their order; `on_progress` hears how many are done."""
         waveforms = load_waveforms(files)
-        return transcribe(self.model, self.processor, waveforms, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        return transcribe(
+            self.model,
+            self.processor,
+            waveforms,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            on_progress=on_progress,
+        )
 
     def conversation(self, *, system: str | None = None, decoding: Decoding | None = None) -> Conversation:
         """Begin a dialogue of several turns."""
@@ -82,14 +94,15 @@ def load_waveforms(audio: Audio | Sequence[Audio] | None) -> list[np.ndarray]:
     if audio is None:
         return []
     many: list[Any] = list(audio) if isinstance(audio, list | tuple) else [audio]
-    return [_as_float(one) if isinstance(one, np.ndarray) else load_waveform(one) for one in many]
+    return [_as_float(one) if isinstance(one, np.ndarray) else load_speech(one) for one in many]
 
 
 def _as_float(samples: np.ndarray) -> np.ndarray:
     if samples.ndim != 1:
         raise AudioError(f"a waveform array must have one axis, [sample] at 16 kHz, but this one is {samples.shape}")
-    if np.issubdtype(samples.dtype, np.signedinteger):
-        return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
-    if not np.issubdtype(samples.dtype, np.floating):
+    if samples.dtype.kind not in "if":  # signed integer, float
         raise AudioError(f"a waveform array must hold floats or signed integers, but this one holds {samples.dtype}")
+    require_speech(samples, "the waveform array")
+    if samples.dtype.kind == "i":
+        return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     return samples.astype(np.float32, copy=False)

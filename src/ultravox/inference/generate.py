@@ -144,10 +144,12 @@ def answer_batch(
     batch_size: int = 8,
     max_new_tokens: int = 256,
     token_limit: Callable[[int], int] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Answer each waveform [sample], greedily, with the same text after it. The result is in the order given.
 
     `token_limit` says how many tokens an answer to so many samples may have, where that is less than `max_new_tokens`.
+    `on_progress` is told how many are done.
     """
     text = render_prompt(processor.tokenizer, [user_message(prompt)])
     order = sorted(range(len(waveforms)), key=lambda index: -len(waveforms[index]))  # memory peaks in the first batch
@@ -160,6 +162,8 @@ def answer_batch(
         answers = generate_texts(model, processor, batch, decoding, limits)
         for index, answer in zip(chosen, answers, strict=True):
             texts[index] = answer
+        if on_progress is not None:
+            on_progress(start + len(chosen))
     return texts
 
 
@@ -170,6 +174,7 @@ def transcribe(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 256,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Write down what is said in each waveform [sample]; clips of like length go together, the order is kept.
 
@@ -183,6 +188,7 @@ def transcribe(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         token_limit=transcript_token_limit,
+        on_progress=on_progress,
     )
 
 

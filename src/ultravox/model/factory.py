@@ -21,6 +21,7 @@ from ultravox.errors import CheckpointError, ConfigError, ModelError
 from ultravox.model.adapters import add_lora
 from ultravox.model.audio_encoder import AudioEncoder, WaveformAudioEncoder, WhisperAudioEncoder
 from ultravox.model.configuration import ENCODERS, UltravoxConfig
+from ultravox.model.folder import find_model_folder
 from ultravox.model.kernels import use_fast_linears
 from ultravox.model.modeling import UltravoxModel
 from ultravox.model.pretrained import quiet_loading, resolve_model
@@ -158,22 +159,6 @@ def end_token_ids(tokenizer: Any, model: UltravoxModel) -> list[int]:
         answer = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
         ids |= set([token for token in answer if token in tokenizer.all_special_ids][:1])
     return sorted(ids - {None})
-
-
-def find_model_folder(checkpoint: str | Path) -> Path:
-    """The model folder of a CHECKPOINT argument: a run folder, its ``model/``, or any saved model.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(checkpoint).expanduser()
-    if not path.is_dir():
-        raise CheckpointError(f"no checkpoint {path}: expected a run folder, its model/ or a saved model folder")
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file():
-            return folder
-    hint = "its training has not finished; resume it" if (path / "config.yaml").is_file() else "expected config.json"
-    raise CheckpointError(f"{path} holds no saved model: {hint}")
 
 
 def load_model(checkpoint: str | Path) -> tuple[UltravoxModel, UltravoxProcessor]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
-from ultravox.errors import UltravoxError
+from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file
 from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.fast import use_fast_kernels
@@ -61,29 +61,28 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 
     Args:
         config: of the run.
-        resume: go on from the last checkpoint, bit for bit as if the run had not stopped; without one, begin.
+        resume: go on from the last checkpoint, bit for bit as if the run had not stopped.
         overwrite: replace an earlier run in the folder, once the new one is ready to begin.
 
     Returns: the run folder, with `model/` in the public format and `train.json`.
 
     Raises:
-        ConfigError: the folder holds a run, and neither `resume` nor `overwrite` is set.
+        ConfigError: the folder holds a run, and neither `resume` nor `overwrite` is set; or no checkpoint to resume.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint was saved.
         UltravoxError: whatever in the configuration, the data or a checkpoint does not fit.
     """
     begin = time.monotonic()
     run_dir = Path(config.run_dir)
     names = [stage.name for stage in config.stages]
+    if resume and not checkpoints.list_checkpoints(run_dir, names):
+        raise ConfigError(f"{run_dir} holds no checkpoint to go on from: leave out --resume to begin")
     with ExitStack() as stack:
         # 1. One process per run folder
         lock(run_dir, stack)
         found = checkpoints.list_checkpoints(run_dir, names)
         if not resume:
             require_free(run_dir, overwrite=overwrite)
-        elif not found:
-            text = f"no checkpoint was found in {run_dir}: training starts from the beginning"
-            Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
-        start = checkpoints.load_checkpoint(found[-1]) if resume and found else None
+        start = checkpoints.load_checkpoint(found[-1]) if resume else None
         if start is not None:
             saved, current = start.state["config"], _deciding_keys(config)
             checkpoints.require_same(saved, current, "the configuration", found[-1])
@@ -295,7 +294,7 @@ def _summary(run: RunState, data: SpeechData, begin: float) -> dict[str, Any]:
         "num_clips": len(data.examples),
         "audio_seconds": data.seconds,
         "num_progress_clips": len(data.progress_examples),
-        "quarantined": {reason: len(files) for reason, files in data.report.quarantined.items()},
+        "quarantined": data.report.quarantined,
         "num_trainable_parameters": sum(parameter.numel() for parameter in data.trainable.values()),
         "stages": run.finished,
     }
@@ -339,10 +338,11 @@ def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
     count = sum(parameter.numel() for parameter in data.trainable.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     versions = sum(len(example.names) for example in data.examples)
-    left_out = sum(len(files) for files in data.report.quarantined.values())
+    quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in data.report.quarantined.items()]
+    left_out = f", left out {', '.join(quarantined)}" if quarantined else ""
     text = (
         f"{len(data.examples)} clips ({data.seconds / 60:.0f} min of speech, {versions} versions with their speeds)"
-        f"{f', {left_out} left out' if left_out else ''}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
+        f"{left_out}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
         f"{memory_bytes() / 1e9:.1f} GB of memory"
     )
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
