@@ -51,8 +51,8 @@ SWEEPS = {
     "align_lr": Sweep(
         "Projector's learning rate while aligning",
         "align",
-        {rate: ["--stages.align.optim.lr.projector", rate] for rate in ("5e-4", "1e-3", "2e-3")},
-        "1e-3",
+        {rate: ["--stages.align.optim.lr.projector", rate] for rate in ("1e-3", "2e-3", "4e-3")},
+        "2e-3",
     ),
     "match_weight": Sweep(
         "Weight of the embedding-matching term",

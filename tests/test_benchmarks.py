@@ -93,7 +93,7 @@ def test_a_failing_run_keeps_the_finished_ones_and_starts_no_other(
 
     def run(sweep, point, seed, jobs):
         begun.append(point)
-        if point == "1e-3":
+        if point == "2e-3":
             raise error
         time.sleep(0.3)  # as long as it takes to notice
         return result(0.25, 2 // jobs)
@@ -102,17 +102,23 @@ def test_a_failing_run_keeps_the_finished_ones_and_starts_no_other(
     with pytest.raises(type(error)):
         call(defaults, monkeypatch, "align_lr", "match_weight", "--seeds", "5", "--jobs", str(jobs))
     kept = json.loads(results_file.read_text())
-    assert kept["align_lr"]["5e-4"] == {"0": result(0.25, 2 // jobs)}
+    assert kept["align_lr"]["1e-3"] == {"0": result(0.25, 2 // jobs)}
     assert len(begun) < 6
     assert sum(len(runs) for points in kept.values() for runs in points.values()) == len(begun) - 1
-    assert "| 5e-4 | 25.0% | 1 |" in defaults.PAGE.read_text()
+    assert "| 1e-3 | 25.0% | 1 |" in defaults.PAGE.read_text()
 
     monkeypatch.setattr(defaults, "run", lambda *_: result(0.2, 2))
     call(defaults, monkeypatch, "align_lr", "match_weight", "--seeds", "1")
     kept = json.loads(results_file.read_text())
-    assert kept["align_lr"]["1e-3"] == kept["match_weight"]["0.5"] == {"0": result(0.2, 2)}
-    assert kept["align_lr"]["5e-4"] == {"0": result(0.25, 2 // jobs)}  # and is not made again
-    assert "align_lr = 1e-3, seed 0: WER 20.0%" in capsys.readouterr().out
+    assert kept["align_lr"]["2e-3"] == kept["match_weight"]["0.5"] == {"0": result(0.2, 2)}
+    assert kept["align_lr"]["1e-3"] == {"0": result(0.25, 2 // jobs)}  # and is not made again
+    assert "align_lr = 2e-3, seed 0: WER 20.0%" in capsys.readouterr().out
+
+
+def test_the_used_value_is_that_of_the_file(defaults):
+    for sweep in defaults.SWEEPS.values():
+        file = defaults.ROOT / "configs" / f"benchmark-{sweep.stage}.yaml"
+        assert load_config(file, sweep.points[sweep.used]) == load_config(file), sweep.title
 
 
 def test_a_run_is_the_command_with_one_key_changed(defaults, monkeypatch):

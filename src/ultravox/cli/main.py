@@ -124,6 +124,7 @@ def build_parser(name: str) -> tuple[argparse.ArgumentParser, ModuleType]:
 def _run(name: str, words: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our own line says that the hub was not reached
     parser, module = build_parser(name)
     overrides: list[str] = []
     if getattr(module, "TAKES_OVERRIDES", False):
