@@ -81,8 +81,8 @@ SWEEPS = {
     "lora_lr": Sweep(
         "LoRA's learning rate while tuning",
         "tune",
-        {rate: ["--stages.tune.optim.lr.language_model", rate] for rate in ("5e-4", "1.5e-3", "4e-3")},
-        "1.5e-3",
+        {rate: ["--stages.tune.optim.lr.language_model", rate] for rate in ("1.5e-3", "3e-3", "6e-3")},
+        "3e-3",
     ),
     "encoder": Sweep(
         "What trains in the audio encoder while aligning",

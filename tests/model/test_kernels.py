@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ultravox.model.adapters import add_lora, lora_layers, merged_lora
-from ultravox.model.fast_attention import Packing, takes_packed_rows, use_fast_attention
+from ultravox.model.adapters import add_lora, lora_layers, merged_lora, project_together
+from ultravox.model.fast_attention import Packing, _RotaryAttention, takes_packed_rows, use_fast_attention
 from ultravox.model.fast_mlp import use_fast_mlps
 from ultravox.model.kernels import register_attention, short_attention, use_fast_linears, use_fast_norms
 
@@ -32,6 +32,30 @@ def test_lora_equals_its_formula(shape):
         torch.testing.assert_close(mine, reference)
     with merged_lora(parent):
         torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapted_layers_of_one_input_are_the_same_together(bias):
+    torch.manual_seed(0)
+    parent = nn.ModuleDict({name: nn.Linear(12, out, bias) for name, out in (("q", 20), ("k", 8), ("v", 8))})
+    add_lora(parent, 4, 8.0, ["q", "k", "v"])
+    layers = list(lora_layers(parent).values())
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    adapters = [parameter for parameter in parent.parameters() if parameter.requires_grad]
+    assert len(adapters) == 6
+    x = torch.randn(3, 5, 12, requires_grad=True)
+    scales = torch.randn(3)
+    apart = sum(scale * layer(x).square().sum() for scale, layer in zip(scales, layers, strict=True))
+    outputs = project_together(layers, x)
+    together = sum(scale * output.square().sum() for scale, output in zip(scales, outputs, strict=True))
+    assert outputs[0].grad_fn.next_functions[0][0] is outputs[2].grad_fn.next_functions[0][0]
+    expected = torch.autograd.grad(apart, [x, *adapters])
+    for mine, other in zip(torch.autograd.grad(together, [x, *adapters]), expected, strict=True):
+        torch.testing.assert_close(mine, other)
+    mixed = [*layers, nn.Linear(12, 3)]
+    for mine, layer in zip(project_together(mixed, x), mixed, strict=True):
+        torch.testing.assert_close(mine, layer(x))
 
 
 def tiny_llama():
@@ -135,9 +159,9 @@ def test_fast_attention_generates_with_a_cache_as_before():
         assert torch.equal(model.train(training).generate(prompt, max_new_tokens=8, do_sample=False), expected)
 
 
-def test_grouped_rotary_attention_in_double_precision():
-    from ultravox.model.fast_attention import _RotaryAttention
-
+@pytest.mark.parametrize("kept_tokens", [5, 4])
+def test_grouped_rotary_attention_in_double_precision(monkeypatch, kept_tokens):
+    monkeypatch.setattr("ultravox.model.fast_attention.MAX_KEPT_TOKENS", kept_tokens)  # 4: weights made again
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 5, n * 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
     angles = torch.randn(1, 5, 4, dtype=torch.float64).repeat(1, 1, 2)

@@ -5,50 +5,83 @@ matrices lie beside it. On a CPU the forward is ONE matmul with the merged weigh
 never formed: 4 thin products a layer instead of the usual 6, and no additions as large as the activations.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultravox.errors import ConfigError
-from ultravox.model.kernels import FastLinear, linear, matmul_transposed, needs_gradient, uses_onednn
+from ultravox.model.kernels import (
+    FastLinear,
+    add_matmul_transposed,
+    linear,
+    matmul_transposed,
+    needs_gradient,
+    uses_onednn,
+)
 
 
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """Frozen weight + scale · B A, [out, in]."""
+    if uses_onednn(weight):
+        return add_matmul_transposed(weight, lora_b * scale, lora_a.t())
     return torch.addmm(weight, lora_b, lora_a, alpha=scale)
 
 
 def lora_gradients(
-    rows: Tensor, gradient: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of A and B, from a layer's input [row, in] and the gradient of its output [row, out]; float32, CPU."""
-    # Both as products with few ROWS: oneDNN takes a quarter of the time that a product with few columns needs.
-    reduced = matmul_transposed(rows, lora_a)
-    b_gradient = matmul_transposed(reduced.t(), gradient.t()).t().mul(scale)
-    a_gradient = matmul_transposed(matmul_transposed(gradient, lora_b.t()).t(), rows.t()).mul_(scale)
-    return a_gradient, b_gradient
+    rows: Tensor, gradients: Sequence[Tensor], adapters: Sequence[Tensor], scales: Sequence[float]
+) -> list[Tensor]:
+    """Gradients of A and B of layers that read the same input; float32, CPU.
+
+    Args:
+        rows: the input, [row, in].
+        gradients: of each layer's output, [row, out].
+        adapters: A and B of the first layer, A and B of the second …
+        scales: of each layer.
+    """
+    # All as products with few ROWS: oneDNN takes a quarter of the time that a product with few columns needs.
+    many_a, many_b = adapters[::2], adapters[1::2]
+    ranks = [len(lora_a) for lora_a in many_a]
+    reduced = matmul_transposed(rows, torch.cat(list(many_a))).split(ranks, 1)
+    back = torch.cat([matmul_transposed(g, b.t()) for g, b in zip(gradients, many_b, strict=True)], 1)
+    a_gradients = matmul_transposed(back.t(), rows.t()).split(ranks)
+    found = []
+    for a_gradient, few, gradient, scale in zip(a_gradients, reduced, gradients, scales, strict=True):
+        found += [a_gradient.mul_(scale), matmul_transposed(few.t(), gradient.t()).t().mul(scale)]
+    return found
+
+
+def rows_gradient(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Gradient of the input [row, in] of layers that share it, from those of their outputs [row, out]."""
+    total = matmul_transposed(gradients[0], weights[0].t())
+    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+        total = add_matmul_transposed(total, gradient, weight.t())
+    return total
 
 
 class _MergedLora(torch.autograd.Function):
+    """Layers that share their input rows [row, in]. `tensors`: weight, bias, A and B of the first, of the second …"""
+
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
-    ) -> Tensor:
-        merged = merge(weight, lora_a, lora_b, scale)
-        ctx.save_for_backward(rows, merged, lora_a, lora_b)
-        ctx.scale = scale
-        return matmul_transposed(rows, merged, bias)
+    def forward(ctx: Any, rows: Tensor, scales: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases, many_a, many_b = (tensors[i::4] for i in range(4))
+        merged = [merge(*parts) for parts in zip(weights, many_a, many_b, scales, strict=True)]
+        adapters = [tensor for pair in zip(many_a, many_b, strict=True) for tensor in pair]
+        ctx.save_for_backward(rows, *merged, *adapters)
+        ctx.scales = scales
+        return tuple(matmul_transposed(rows, weight, bias) for weight, bias in zip(merged, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, merged, lora_a, lora_b = ctx.saved_tensors
-        gradient = gradients[0]
-        rows_gradient = matmul_transposed(gradient, merged.t()) if ctx.needs_input_grad[0] else None
-        return rows_gradient, None, None, *lora_gradients(rows, gradient, lora_a, lora_b, ctx.scale), None
+        count = len(gradients)
+        rows, *saved = ctx.saved_tensors
+        found = lora_gradients(rows, gradients, saved[count:], ctx.scales)
+        of_rows = rows_gradient(gradients, saved[:count]) if ctx.needs_input_grad[0] else None
+        of_tensors = [(None, None, *found[2 * i : 2 * i + 2]) for i in range(count)]
+        return of_rows, None, *[gradient for four in of_tensors for gradient in four]
 
 
 class LoraLinear(FastLinear):
@@ -79,9 +112,7 @@ class LoraLinear(FastLinear):
         if uses_onednn(input) and self.weight.dtype == torch.float32:
             if not needs_gradient(input, self.lora_A):
                 return linear(input, self.merged_weight(), self.bias)
-            rows = input.reshape(-1, input.shape[-1])
-            output = _MergedLora.apply(rows, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
-            return output.view(*input.shape[:-1], -1)
+            return _apply_merged([self], input)[0]
         return (
             F.linear(input, self.weight, self.bias) + F.linear(F.linear(input, self.lora_A), self.lora_B) * self.scale
         )
@@ -90,6 +121,25 @@ class LoraLinear(FastLinear):
     def merged_weight(self) -> Tensor:
         """What one matmul needs in place of the layer and its adapter, [out, in]."""
         return merge(self.weight, self.lora_A, self.lora_B, self.scale)
+
+
+def project_together(layers: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+    """Each layer of the same input, [..., in] → [..., out] each; adapted ones share their adapters' thin products."""
+    adapted = [layer for layer in layers if is_plainly_adapted(layer)]
+    if len(adapted) == len(layers) and uses_onednn(x) and needs_gradient(x, *(layer.lora_A for layer in adapted)):
+        return _apply_merged(adapted, x)
+    return [layer(x) for layer in layers]
+
+
+def is_plainly_adapted(layer: nn.Module) -> TypeGuard["LoraLinear"]:
+    """Whether a layer is float32 with an adapter beside it."""
+    return isinstance(layer, LoraLinear) and not layer.merged and layer.weight.dtype == torch.float32
+
+
+def _apply_merged(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias, layer.lora_A, layer.lora_B)]
+    outputs = _MergedLora.apply(x.reshape(-1, x.shape[-1]), tuple(layer.scale for layer in layers), *tensors)
+    return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoraLinear]:

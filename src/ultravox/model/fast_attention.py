@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultravox.model.kernels import attend, attend_backward, register_attention
+from ultravox.model.adapters import project_together
+from ultravox.model.kernels import ROWS_MULTIPLE, attend, attend_backward, attention_weights, register_attention
 
-#: Packed rows are filled up to a multiple of this.
-ROWS_MULTIPLE = 32
+#: The weights of longer sequences are computed again in the backward pass: kept, they would be most of its memory.
+MAX_KEPT_TOKENS = 128
 
 #: Attention layers that pass nothing but scaled queries, keys, values and a mask on: no soft cap, no sinks.
 _PLAIN_ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
@@ -123,16 +124,19 @@ class _RotaryAttention(torch.autograd.Function):
         q = _turn(query, cos * scale, sin * scale, heads).view(batch * groups, -1, width)
         k = _turn(key, cos, sin, groups).view(batch * groups, tokens, width)
         v = value.view(batch, tokens, groups, width).transpose(1, 2).reshape(batch * groups, tokens, width)
-        output, weights = attend(q, k, v, None if bias is None else bias.expand(batch, -1, -1, -1), heads)
-        ctx.save_for_backward(q, k, v, weights, cos, sin)
+        bias = None if bias is None else bias.expand(batch, -1, -1, -1)
+        output, weights = attend(q, k, v, bias, heads)
+        ctx.save_for_backward(q, k, v, cos, sin, *([weights] if tokens <= MAX_KEPT_TOKENS else []))
+        ctx.bias = None if tokens <= MAX_KEPT_TOKENS else bias
         ctx.shape, ctx.scale, ctx.packing = (batch, heads, groups, tokens, width), scale, packing
         output = output.view(batch, heads, tokens, width).transpose(1, 2).reshape(batch, tokens, -1)
         return output if packing is None else packing.pack(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, cos, sin = ctx.saved_tensors
+        q, k, v, cos, sin, *kept = ctx.saved_tensors
         batch, heads, groups, tokens, width = ctx.shape
+        weights = kept[0] if kept else attention_weights(q, k, ctx.bias, heads)
         gradient = gradients[0] if ctx.packing is None else ctx.packing.unpack_gradient(gradients[0])
         gradient = gradient.reshape(batch, tokens, heads, width).transpose(1, 2)
         gradient = gradient.reshape(batch * groups, -1, width)
@@ -155,6 +159,9 @@ class FastAttention(nn.Module):
 
     head_dim: int
     scaling: float
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
     plain_forward: Any
 
     def forward(
@@ -178,7 +185,7 @@ class FastAttention(nn.Module):
             return self.plain_forward(
                 self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
             )
-        projections = [getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj")]
+        projections = project_together([self.q_proj, self.k_proj, self.v_proj], hidden_states)
         output = _RotaryAttention.apply(
             *projections, *position_embeddings, attention_mask, self.head_dim, self.scaling, packing
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultravox.model.adapters import LoraLinear, lora_gradients, merge
+from ultravox.model.adapters import is_plainly_adapted, lora_gradients, merge, rows_gradient
 from ultravox.model.kernels import matmul_transposed, needs_gradient, uses_onednn
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -35,20 +35,17 @@ class _LoraSwiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, gate, up, gate_weight, up_weight, down_weight, *adapters = ctx.saved_tensors
-        gate_a, gate_b, up_a, up_b, down_a, down_b = adapters
         gradient = gradients[0]
         hidden_gradient = matmul_transposed(gradient, down_weight.t())
         activated = F.silu(gate)
         up_gradient = hidden_gradient * activated
-        down = lora_gradients(activated.mul_(up), gradient, down_a, down_b, ctx.scales[2])
-        gate_gradient = torch.ops.aten.silu_backward(hidden_gradient.mul_(up), gate)
-        rows_gradient = None
-        if ctx.needs_input_grad[0]:
-            rows_gradient = matmul_transposed(gate_gradient, gate_weight.t())
-            rows_gradient += matmul_transposed(up_gradient, up_weight.t())
-        of_gate = lora_gradients(rows, gate_gradient, gate_a, gate_b, ctx.scales[0])
-        of_up = lora_gradients(rows, up_gradient, up_a, up_b, ctx.scales[1])
-        return rows_gradient, None, None, *of_gate, None, *of_up, None, *down
+        of_down = lora_gradients(activated.mul_(up), [gradient], adapters[4:], ctx.scales[2:])
+        gate_gradient = hidden_gradient.mul_(up)
+        torch.ops.aten.silu_backward.grad_input(gate_gradient, gate, grad_input=gate_gradient)
+        both = [gate_gradient, up_gradient]
+        of_gate_and_up = lora_gradients(rows, both, adapters[:4], ctx.scales[:2])
+        of_rows = rows_gradient(both, [gate_weight, up_weight]) if ctx.needs_input_grad[0] else None
+        return of_rows, None, None, *of_gate_and_up[:2], None, *of_gate_and_up[2:], None, *of_down
 
 
 class FastMlp(nn.Module):
@@ -58,18 +55,13 @@ class FastMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = [getattr(self, name) for name in MATRICES]
-        if not all(_is_plainly_adapted(layer) for layer in layers) or not uses_onednn(x):
+        if not all(is_plainly_adapted(layer) and layer.bias is None for layer in layers) or not uses_onednn(x):
             return self.plain_forward(self, x)
         if not needs_gradient(x, layers[0].lora_A):
             return self.plain_forward(self, x)
         tensors = [tensor for layer in layers for tensor in (layer.weight, layer.lora_A, layer.lora_B)]
         rows = x.reshape(-1, x.shape[-1])
         return _LoraSwiglu.apply(rows, tuple(layer.scale for layer in layers), *tensors).view(x.shape)
-
-
-def _is_plainly_adapted(layer: nn.Module) -> bool:
-    is_adapted = isinstance(layer, LoraLinear) and not layer.merged and layer.bias is None
-    return is_adapted and layer.weight.dtype == torch.float32
 
 
 def use_fast_mlps(module: nn.Module) -> None:

@@ -26,6 +26,21 @@ def matmul_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+#: oneDNN compiles a product anew for each number of rows, and keeps half a megabyte of it; so they come in multiples.
+ROWS_MULTIPLE = 32
+
+
+def fill_rows(rows: Tensor) -> Tensor:
+    """Rows [row, channel] with zeros after them, up to a multiple of `ROWS_MULTIPLE` where oneDNN is used."""
+    missing = -len(rows) % ROWS_MULTIPLE
+    return F.pad(rows, (0, 0, 0, missing)) if missing and uses_onednn(rows) else rows
+
+
+def add_matmul_transposed(other: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``other + x @ weight.T`` in one pass over the result, as `matmul_transposed`; other [row, out]."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")
+
+
 class _Linear(torch.autograd.Function):
     """oneDNN forward and input gradient of rows [row, in]; the weight's gradient only where it is wanted."""
 
@@ -132,11 +147,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, heads
     Returns:
         the attended values, formed as the queries are, and the weights, which `attend_backward` wants.
     """
+    weights = attention_weights(query, key, bias, heads)
+    return torch.bmm(weights, value), weights
+
+
+def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """Those of `attend`, [batch * group, heads of a group * target, source]."""
     scores = torch.bmm(query, key.transpose(1, 2))
     if bias is not None:
         scores.view(len(bias), heads, -1, key.shape[1]).add_(bias)
-    weights = torch.softmax(scores, -1)
-    return torch.bmm(weights, value), weights
+    return torch.softmax(scores, -1)
 
 
 def attend_backward(

@@ -8,6 +8,7 @@ from transformers import initialization as init
 
 from ultravox.audio.lengths import num_audio_tokens
 from ultravox.model.downsample import stack_frames
+from ultravox.model.kernels import fill_rows
 
 
 class RmsNorm(nn.Module):
@@ -85,5 +86,7 @@ class SwigluProjector(nn.Module):
     ) -> tuple[Float[Tensor, "clip token hidden"], Int[Tensor, " clip"]]:
         """Project. Frames past a clip's length must be zero: they are what the last stack is padded with."""
         stacked = stack_frames(frames.to(self.linear_1.weight.dtype), self.stack_factor)
-        hidden = self.ln_mid(swiglu(self.linear_1(self.ln_pre(stacked))))
-        return self.ln_post(self.linear_2(hidden)), num_audio_tokens(frame_lengths, self.stack_factor)
+        rows = fill_rows(stacked.flatten(0, 1))
+        hidden = self.ln_mid(swiglu(self.linear_1(self.ln_pre(rows))))
+        projected = self.ln_post(self.linear_2(hidden))[: stacked.shape[0] * stacked.shape[1]]
+        return projected.view(*stacked.shape[:2], -1), num_audio_tokens(frame_lengths, self.stack_factor)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultravox.errors import DataError
-from ultravox.model.kernels import linear
+from ultravox.model.kernels import fill_rows, linear
 
 BLANK = 0
 
@@ -61,7 +61,9 @@ class CtcAlignment(nn.Module):
     def scores(self, audio_embeddings: Tensor) -> Tensor:
         """Unnormalised scores [..., row + 1] of embeddings [..., hidden]; index 0 is the blank."""
         table = torch.cat([self.blank[None], self.rows])
-        return linear(audio_embeddings * self.log_scale.exp(), table)
+        rows = audio_embeddings.reshape(-1, audio_embeddings.shape[-1])
+        scores = linear(fill_rows(rows * self.log_scale.exp()), table)[: len(rows)]
+        return scores.view(*audio_embeddings.shape[:-1], -1)
 
     def loss(
         self, audio_embeddings: Tensor, token_lengths: Tensor, targets: Tensor, target_lengths: Tensor

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ultravox.model.kernels import matmul_transposed, uses_onednn
+from ultravox.model.kernels import fill_rows, matmul_transposed, uses_onednn
 from ultravox.tokens import IGNORE_INDEX
 
 #: Rows whose logits are made at once. A block small enough to fit into memory that the step has freed costs no fresh
@@ -24,12 +24,10 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        loss, gradient = hidden.new_zeros(()), torch.empty_like(hidden)
-        blocks = zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), gradient.split(_HEAD_ROWS), strict=True)
-        for hidden_block, targets_block, gradient_block in blocks:
-            loss += _block_loss(hidden_block, head, targets_block, gradient_block)
-        ctx.save_for_backward(gradient)
-        return loss
+        blocks = zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True)
+        losses, parts = zip(*(_block_loss(*block, head) for block in blocks), strict=True)
+        ctx.save_for_backward(torch.cat(parts))
+        return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -37,9 +35,10 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * gradients[0], None, None
 
 
-def _block_loss(hidden: Tensor, head: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-    """Sum of the cross-entropies of a few rows; their gradient is written into `gradient` [row, hidden]."""
-    logits = matmul_transposed(hidden, head)
+def _block_loss(hidden: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of a few rows [row, hidden], and its gradient."""
+    filled = matmul_transposed(fill_rows(hidden), head)
+    logits = filled[: len(hidden)]
     rows = torch.arange(len(targets))
     top = logits.amax(-1, keepdim=True)
     picked = logits[rows, targets]
@@ -47,8 +46,8 @@ def _block_loss(hidden: Tensor, head: Tensor, targets: Tensor, gradient: Tensor)
     total = logits.sum(-1, keepdim=True)
     logits.div_(total)
     logits[rows, targets] -= 1
-    gradient.copy_(matmul_transposed(logits, head.t()))
-    return (total.log() + top).sum() - picked.sum()
+    gradient = matmul_transposed(filled, head.t())[: len(hidden)]
+    return (total.log() + top).sum() - picked.sum(), gradient
 
 
 def next_token_positions(labels: Int[Tensor, "row token"]) -> tuple[Tensor, Tensor]:
