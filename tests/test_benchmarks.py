@@ -67,6 +67,9 @@ def test_core_seconds_of_different_thread_counts_are_not_mixed(defaults):
     page = defaults.page({"stack_factor": points})
     assert "| 5 (used) | 30.0% ± 0.0 | 3 | 40 | 2.0 M |" in page
     assert "| 6 | 30.0% | 1 | – | 2.0 M |" in page
+    points["5"]["3"] = result(0.3, 2, None)  # paused on the way
+    assert "| 5 (used) | 30.0% ± 0.0 | 4 | 40 | 2.0 M |" in defaults.page({"stack_factor": points})
+    del points["5"]["3"]
     points["6"]["1"] = result(0.3, 2)
     page = defaults.page({"stack_factor": points})
     assert "with these numbers of threads (runs): 2 threads (3), 1 thread (2); core seconds are of those with 2" in page

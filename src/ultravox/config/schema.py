@@ -155,7 +155,7 @@ class LearningRates(Section):
 
     projector: Rate = Field(1e-3, description="peak rate of the projector")
     language_model: Rate = Field(5e-4, description="peak rate of the language model's adapters")
-    audio_encoder: Rate = Field(1e-4, description="peak rate of what trains in the audio encoder")
+    audio_encoder: Rate = Field(2e-5, description="peak rate of what trains in the audio encoder; LoRA bears 1e-4")
 
 
 class OptimConfig(Section):
