@@ -213,3 +213,36 @@ def token_chart(
             f'style="opacity:{0.35 + 0.65 * strength:.2f}">{escape(token.strip()[:13] or "·")}</text></g>'
         )
     return _svg(width, top + text_height, body, "Log-mel spectrogram and the nearest text token of each audio token")
+
+
+def histogram(values: Sequence[float], *, width: int, height: int, title: str, unit: str, bins: int = 40) -> Markup:
+    """Bars of how many values lie in each of equal ranges; the highest 1% share the last bar, which says so."""
+    left, right, top, bottom = 46, width - 10, 12, height - 26
+    ordered = sorted(values)
+    end = max(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 1e-9) * (1 + 1e-9)
+    counts = [0] * bins
+    for value in ordered:
+        counts[min(bins - 1, int(value / end * bins))] += 1
+    step = max(1.0, _nice_step(max(counts), 4))
+    high = step * math.ceil(max(counts) / step)
+    body = []
+    for index in range(round(high / step) + 1):
+        y = bottom - (bottom - top) * index * step / high
+        body.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        body.append(_text(left - 6, y + 4, f"{index * step:g}", kind="tick", anchor="end"))
+    bar = (right - left) / bins
+    for index, count in enumerate(counts):
+        size, is_last = (bottom - top) * count / high, index == bins - 1
+        upper = f"{ordered[-1]:.3g}" if is_last else f"{(index + 1) * end / bins:.3g}"
+        tooltip = f"{index * end / bins:.3g} to {upper} {unit}: {count}"
+        body.append(
+            f'<g class="mark model"><title>{escape(tooltip)}</title>'
+            f'<rect x="{left + index * bar + 0.5:.1f}" y="{bottom - size:.1f}" width="{bar - 1:.1f}" '
+            f'height="{size:.1f}" fill="currentColor"/></g>'
+        )
+    x_step = _nice_step(end, 4 if width < 600 else 8)
+    for index in range(int(end / x_step) + 1):
+        label = f"{index * x_step:g}" + (f" {unit}" if index == 0 else "")
+        x = left + (right - left) * index * x_step / end
+        body.append(_text(x, bottom + 18, label, kind="tick", anchor="middle" if index else "start"))
+    return _svg(width, height, body, title)

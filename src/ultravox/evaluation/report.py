@@ -41,7 +41,7 @@ QUESTION_AUDIO_BUDGET = 3_000_000
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Environment:
+def page_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("ultravox.evaluation", "."),
         autoescape=True,
@@ -58,7 +58,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def _both_widths(draw) -> Markup:
+def both_widths(draw) -> Markup:
     return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(draw(WIDE), draw(NARROW))
 
 
@@ -167,7 +167,7 @@ def _pictures(folder: Path, predictions: list[dict], sound: _Sound) -> list[dict
 
 def render(folder: Path, results: dict, predictions: list[dict], run: Path | None) -> str:
     """The page's HTML. ``run`` is the folder with log.jsonl and config.yaml, where there is one."""
-    environment = _environment()
+    environment = page_environment()
     sound = _Sound.of(results["data"], AUDIO_BUDGET)
     curves = read_curves(run / "log.jsonl") if run else read_curves(folder / "log.jsonl")
     config = run / "config.yaml" if run else folder / "config.yaml"
@@ -177,20 +177,20 @@ def render(folder: Path, results: dict, predictions: list[dict], run: Path | Non
     questions = [row | {"audio_uri": question_sound.uri(row["id"])} for row in predictions if row["kind"] == "answer"]
     clips = _clip_rows(predictions, sound)
     charts = {
-        "scores": _both_widths(
+        "scores": both_widths(
             lambda w: interval_chart(rows, width=w, title="Word error rate with its bounds and controls")
         ),
         "answers": ""
         if answers.get("share") is None
-        else _both_widths(
+        else both_widths(
             lambda w: interval_chart(_answer_rows(answers), width=w, title="Share of answers equal in meaning")
         ),
-        "loss": _both_widths(
+        "loss": both_widths(
             lambda w: line_chart(
                 curves.loss, curves.stages, width=w, height=240, title="Training loss", logarithmic=True
             )
         ),
-        "wer": _both_widths(
+        "wer": both_widths(
             lambda w: line_chart(
                 curves.wer, curves.stages, width=w, height=200, title="Word error rate", as_percent=True, dots=True
             )

@@ -1,0 +1,98 @@
+"""The action `inspect` of ``ultravox data``."""
+
+import json
+import sys
+from pathlib import Path
+
+from ultravox.data.inspection import MEANINGS, QUANTILES, Inspection, inspect_splits, worst_rows
+from ultravox.data.manifest import Clip, load_clips, read_dataset
+from ultravox.errors import DataError
+
+MOST_ROWS = 10
+EXIT_FAULTS = 2
+
+
+def inspect_dataset(sources: list[str], html: Path | None, as_json: bool, decode: bool, strict: bool) -> int:
+    """Inspect the splits of some sources together; see `ultravox data inspect --help`."""
+    splits = _load(sources)
+    inspection = inspect_splits(splits, decode=decode, on_progress=_progress())
+    if html is not None:
+        from ultravox.evaluation.dataset_page import write_dataset_page
+
+        write_dataset_page(html, ", ".join(sources), splits, inspection)
+    if as_json:
+        print(json.dumps(inspection.to_json(), ensure_ascii=False))
+    else:
+        _print(inspection)
+        if html is not None:
+            print(f"page  {html}")
+    if strict and (faults := inspection.faults):
+        print(
+            f"ultravox: error: faults: {len(faults)}, the first in row {faults[0].id} of {faults[0].split}",
+            file=sys.stderr,
+        )
+        return EXIT_FAULTS
+    return 0
+
+
+def _load(sources: list[str]) -> dict[str, list[Clip]]:
+    """Name of each split → its clips. Two sources may not give one name to two splits."""
+    splits: dict[str, list[Clip]] = {}
+    for source in sources:
+        if Path(source).suffix == ".jsonl":
+            found = {Path(source).stem: load_clips(source)}
+        else:
+            found = {split: load_clips(source, split) for split in read_dataset(source)["splits"]}
+        if twice := sorted(set(found) & set(splits)):
+            raise DataError(f"{source}: another source has a split {twice[0]!r} too; inspect them one by one")
+        splits |= found
+    return splits
+
+
+def _progress():
+    """A progress bar on standard error where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("inspecting", total=None)
+
+    def update(done: int, total: int) -> None:
+        if done == 1:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+        if done == total:
+            bar.stop()
+
+    return update
+
+
+def _print(inspection: Inspection) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=None, title_justify="left")
+    for column in ("split", "clips", "hours", "words", "different", "texts", "speakers", "licences"):
+        table.add_column(column, justify="left" if column in ("split", "licences") else "right")
+    for split in inspection.splits:
+        numbers = (split.num_words, split.vocabulary, split.num_texts, split.num_speakers)
+        licences = ", ".join(split.licences)
+        table.add_row(split.name, str(split.num_clips), f"{split.seconds / 3600:.2f}", *map(str, numbers), licences)
+    console.print(table)
+    table = Table()
+    for column in ("", "split", *QUANTILES):
+        table.add_column(column, justify="right" if column in QUANTILES else "left")
+    for split in inspection.splits:
+        for title, values in (("seconds", split.duration), ("characters a second", split.characters_per_second)):
+            table.add_row(title, split.name, *(f"{value:.1f}" for value in values.values()))
+    console.print(table)
+    for kind, count in inspection.counts().items():
+        console.print(f"{count} × {kind}: {MEANINGS[kind]}", markup=False, soft_wrap=True)
+    if not inspection.findings:
+        console.print("no row to look at" + ("" if inspection.decoded else " (no file was decoded)"))
+    for finding in worst_rows(inspection, MOST_ROWS):
+        console.print(
+            f"  {finding.kind}  {finding.split}  {finding.id}  {finding.detail}", markup=False, soft_wrap=True
+        )
