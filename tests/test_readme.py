@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ultravox.data.manifest import load_clips
+from ultravox.data.sources import load_clips
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -9,7 +9,8 @@ import pytest
 from ultravox.cli import datasets
 from ultravox.cli.main import main
 from ultravox.data import bundled
-from ultravox.data.manifest import Clip, load_clips, write_dataset
+from ultravox.data.manifest import Clip, write_dataset
+from ultravox.data.sources import load_clips
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from ultravox.data import asterisk
-from ultravox.data.manifest import load_clips, read_dataset
+from ultravox.data.manifest import read_dataset
+from ultravox.data.sources import load_clips
 from ultravox.data.splits import HeldoutFilter, is_heldout, normalise_text
 from ultravox.errors import DataError, NetworkError
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from ultravox.data.manifest import Clip, load_clips, read_dataset, write_dataset
+from ultravox.data.manifest import Clip, read_dataset, write_dataset
+from ultravox.data.sources import load_clips
 from ultravox.errors import DataError
 
 

@@ -8,7 +8,8 @@ import soundfile
 
 from ultravox.data import bundled, manifest, synthesize, voices
 from ultravox.data.asterisk import fetch_asterisk_en
-from ultravox.data.manifest import is_whole, load_clips, read_dataset
+from ultravox.data.manifest import is_whole, read_dataset
+from ultravox.data.sources import load_clips
 from ultravox.data.splits import MIN_CONTAINED_WORDS, HeldoutFilter, is_heldout, normalise_text
 from ultravox.data.texts.grammar import fill, inflect, plural, slots, vocabulary, with_article
 from ultravox.data.texts.sentences import request_texts, transcription_texts

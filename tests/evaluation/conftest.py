@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ultravox.audio.waveform import load_waveform
-from ultravox.data.manifest import Clip, load_clips, write_dataset
+from ultravox.data.manifest import Clip, write_dataset
+from ultravox.data.sources import load_clips
 from ultravox.evaluation.system import System
 from ultravox.evaluation.token_view import TokenView
 

@@ -241,7 +241,7 @@ def test_whisper_transcribes_the_heldout_prompts(name: str, not_fetched) -> None
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     from ultravox.data.asterisk import fetch_asterisk_en
-    from ultravox.data.manifest import load_clips
+    from ultravox.data.sources import load_clips
     from ultravox.metrics.error_rate import word_errors
     from ultravox.metrics.normalize import normalize_english
 

@@ -9,7 +9,8 @@ from tiny_run import save_tiny_models, save_tones, tiny_config
 
 from ultravox.audio.lengths import num_audio_tokens
 from ultravox.audio.waveform import load_waveform, write_waveform
-from ultravox.data.manifest import Clip, load_clips, write_dataset
+from ultravox.data.manifest import Clip, write_dataset
+from ultravox.data.sources import load_clips
 from ultravox.model.factory import build_model, build_processor, load_model
 from ultravox.training.run import run_training
 from ultravox.training.speech import Features, prepare_speech

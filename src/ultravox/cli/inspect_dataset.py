@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from ultravox.data.inspection import MEANINGS, QUANTILES, Inspection, inspect_splits, worst_rows
-from ultravox.data.manifest import Clip, load_clips, read_dataset
+from ultravox.data.manifest import Clip
+from ultravox.data.sources import load_clips, split_names
 from ultravox.errors import DataError
 
 MOST_ROWS = 10
@@ -39,10 +40,7 @@ def _load(sources: list[str]) -> dict[str, list[Clip]]:
     """Name of each split → its clips. Two sources may not give one name to two splits."""
     splits: dict[str, list[Clip]] = {}
     for source in sources:
-        if Path(source).suffix == ".jsonl":
-            found = {Path(source).stem: load_clips(source)}
-        else:
-            found = {split: load_clips(source, split) for split in read_dataset(source)["splits"]}
+        found = {split: load_clips(source, split) for split in split_names(source)}
         if twice := sorted(set(found) & set(splits)):
             raise DataError(f"{source}: another source has a split {twice[0]!r} too; inspect them one by one")
         splits |= found

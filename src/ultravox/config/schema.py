@@ -93,7 +93,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One dataset that training draws from."""
 
-    name: Name = Field(description="a bundled dataset, a dataset folder or a .jsonl file")
+    name: Name = Field(description="a bundled dataset, a dataset folder, an audio folder or a .jsonl file")
     split: Name = Field("train", description="split of that dataset")
     task: Literal["transcription", "answer"] = Field(
         "transcription", description="what the model learns to write: the transcript, or the answer to what was said"

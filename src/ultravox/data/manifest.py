@@ -5,7 +5,7 @@ the file, ``duration`` is in seconds, ``answer`` (optional) is what the language
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ def dataset_folder(source: str | Path) -> Path:
             raise DataError(f"dataset {source} is not fetched yet: run `ultravox data fetch {source}`")
     if not path.exists():
         names = ", ".join(BUNDLED_DATASETS)
-        raise DataError(f"no dataset {source}: expected one of {names}, a dataset folder or a .jsonl file")
+        raise DataError(f"no dataset {source}: expected one of {names}, a dataset or audio folder, or a .jsonl file")
     if not (path / DATASET_FILE).is_file():
-        raise DataError(f"{path} is not a dataset folder: it has no {DATASET_FILE}")
+        raise DataError(f"{path} is not a dataset folder: it has neither {DATASET_FILE} nor metadata.csv")
     return path.absolute()
 
 
@@ -60,21 +60,15 @@ def read_dataset(source: str | Path) -> dict[str, Any]:
     return info
 
 
-def load_clips(source: str | Path, split: str = "train") -> list[Clip]:
-    """The clips of one split of a bundled dataset, a dataset folder, or of a .jsonl file (which is one split).
-
-    Errors (DataError) name the file and the line.
-    """
-    path = Path(source).expanduser()
-    if path.suffix == ".jsonl":
-        return _read_rows(path)
+def load_split(source: str | Path, split: str) -> list[Clip]:
+    """The clips of one split of a bundled dataset or of a dataset folder. Errors (DataError) name the file and line."""
     folder, info = dataset_folder(source), read_dataset(source)
     if split not in info["splits"]:
         raise DataError(f"dataset {folder} has no split {split!r}: it has {', '.join(info['splits']) or 'none'}")
     entry = info["splits"][split]
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         raise DataError(f"{folder / DATASET_FILE}: split {split!r} names no file")
-    clips = _read_rows(folder / entry["file"])
+    clips = read_rows(folder / entry["file"])
     if (digest := entry.get("sha256")) and sha256_file(folder / entry["file"]) != digest:
         raise DataError(
             f"{folder / entry['file']} is not the file that {DATASET_FILE} was written for (its SHA-256 differs): "
@@ -87,7 +81,7 @@ def is_whole(folder: str | Path) -> bool:
     """Whether a dataset folder is there and every split of it can be loaded; if not, it is worth making again."""
     try:
         for split in read_dataset(folder)["splits"]:
-            load_clips(folder, split)
+            load_split(folder, split)
     except DataError:
         return False
     return True
@@ -133,27 +127,40 @@ def _row(clip: Clip, folder: Path) -> dict[str, Any]:
     return row if clip.answer is None else {**row, "answer": clip.answer}
 
 
-def _read_rows(path: Path) -> list[Clip]:
+def read_rows(path: Path) -> list[Clip]:
+    """The clips of a manifest: one JSON object a line, in our keys or in those of NeMo's manifests."""
+    return collect(
+        path, ((place, clip_of(_our_keys(row_of(line, place), place), path, place)) for place, line in read_lines(path))
+    )
+
+
+def read_lines(path: Path, blank: bool = False) -> Iterator[tuple[str, bytes]]:
+    """Place ("file, line 3") and content of each line without its end; blank ones only if asked for."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the manifest {path}: {error.strerror}") from error
-    clips: list[Clip] = []
-    lines: dict[str, int] = {}
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        clip = _parse_row(line, path, f"{path}, line {number}")
-        if clip.id in lines:
-            raise DataError(f"{path}, line {number}: id {clip.id!r} is already used in line {lines[clip.id]}")
-        lines[clip.id] = number
-        clips.append(clip)
-    if not clips:
+        if blank or line.strip():
+            yield f"{path}, line {number}", line
+
+
+def collect(path: Path, clips: Iterable[tuple[str, Clip]]) -> list[Clip]:
+    """The clips of a file's places. DataError when two have one id, or there are none."""
+    found: list[Clip] = []
+    places: dict[str, str] = {}
+    for place, clip in clips:
+        if clip.id in places:
+            raise DataError(f"{place}: id {clip.id!r} is already used in {places[clip.id].rpartition(', ')[2]}")
+        places[clip.id] = place
+        found.append(clip)
+    if not found:
         raise DataError(f"{path} holds no clips")
-    return clips
+    return found
 
 
-def _parse_row(line: bytes, path: Path, place: str) -> Clip:
+def row_of(line: bytes, place: str) -> dict[str, Any]:
+    """The JSON object of a line, or a DataError."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -162,6 +169,20 @@ def _parse_row(line: bytes, path: Path, place: str) -> Clip:
         raise DataError(f"{place}: not a whole JSON object ({error.msg}, column {error.colno})") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _our_keys(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """A row of a NeMo manifest (``audio_filepath``, ``text``, ``duration``) in our keys; any other row as it is."""
+    if "audio_filepath" not in row or "audio" in row:
+        return row
+    if row.get("offset"):
+        raise DataError(f"{place}: 'offset' is {row['offset']!r}, but only whole files can be read: cut the clip out")
+    return {"id": row["audio_filepath"], **row, "audio": row["audio_filepath"]}
+
+
+def clip_of(row: Mapping[str, Any], path: Path, place: str) -> Clip:
+    """The clip of a row of a file at `path`, whose audio is relative to it. DataError with `place`."""
     for key in ("id", "audio", "text"):
         if key not in row:
             raise DataError(f"{place}: the key {key!r} is missing")

@@ -12,7 +12,8 @@ import numpy as np
 
 from ultravox.data.asterisk import NAME as ASTERISK
 from ultravox.data.asterisk import fetch_asterisk_en
-from ultravox.data.manifest import Clip, dataset_folder, is_whole, load_clips, read_dataset, write_dataset
+from ultravox.data.manifest import Clip, dataset_folder, is_whole, read_dataset, write_dataset
+from ultravox.data.sources import load_clips
 from ultravox.data.splits import HeldoutFilter, is_heldout
 from ultravox.data.texts.sentences import request_texts, transcription_texts
 from ultravox.data.voices import Voice, fetch_joe, voice_classes

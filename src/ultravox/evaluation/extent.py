@@ -32,7 +32,7 @@ def parts_left_out(
 
 def default_output(checkpoint: Checkpoint, source: str, split: str, *, is_partial: bool = False) -> Path:
     """Where results go: into the run itself for all the data that its config names, else into a folder of their own."""
-    name = f"{Path(source).name.removesuffix('.jsonl')}-{split}{'-partial' if is_partial else ''}"
+    name = f"{Path(source).name.removesuffix('.jsonl').removesuffix('.json')}-{split}{'-partial' if is_partial else ''}"
     if checkpoint.run is None:
         return Path(f"evaluation-{checkpoint.model.absolute().name}-{name}")
     own = (checkpoint.evaluation.get("source", source), checkpoint.evaluation.get("split", split))

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ultravox.audio.waveform import load_waveform
-from ultravox.data.manifest import load_clips
+from ultravox.data.sources import load_clips
 from ultravox.errors import AudioError, DataError
 from ultravox.evaluation.checkpoint import read_json
 from ultravox.evaluation.curves import read_curves

@@ -18,7 +18,8 @@ import numpy as np
 
 from ultravox import __version__
 from ultravox.audio.waveform import load_waveform
-from ultravox.data.manifest import Clip, load_clips, read_dataset
+from ultravox.data.manifest import Clip, read_dataset
+from ultravox.data.sources import describe_source, is_manifest, load_clips
 from ultravox.errors import ConfigError, DataError
 from ultravox.evaluation.answers import absent_answers, score_answers
 from ultravox.evaluation.bounds import CASCADE_METHOD, TEXT_METHOD
@@ -235,7 +236,7 @@ def _answers(system: System, questions: list[Clip], settings: Settings, progress
         return absent_answers(system.reason("answer")), []
     results, rows = _questions(_Evaluation(system, questions, settings, progress))
     asked = {"source": settings.questions, "split": settings.question_split}
-    return results | asked | {"answered_by": description(str(settings.questions)).get("answered_by")}, rows
+    return results | asked | {"answered_by": describe_source(str(settings.questions)).get("answered_by")}, rows
 
 
 def _write(folder: Path, results: dict, rows: list[dict], views: dict) -> None:
@@ -276,21 +277,16 @@ def _token_views(evaluation: _Evaluation, errors: Sequence[int]) -> dict:
     return {"version": RESULTS_VERSION, "method": TOKEN_VIEW_METHOD, "clips": clips}
 
 
-def description(source: str) -> dict[str, Any]:
-    """What a dataset's folder says about it; nothing for a bare manifest."""
-    return {} if source.endswith(".jsonl") else read_dataset(source)
-
-
 def is_stand_in(source: str) -> bool:
     """Whether a dataset says that it was synthesised in the place of recordings that could not be had."""
-    return bool(description(source).get("settings", {}).get("stand_in", False))
+    return bool(describe_source(source).get("settings", {}).get("stand_in", False))
 
 
 def attribution(source: str, clips: Sequence[Clip]) -> dict[str, str]:
     """Name, licence and attribution of a dataset; for a bare manifest, the licences that its rows name."""
     path = Path(source).expanduser()
     try:
-        info = read_dataset(path.parent if path.suffix == ".jsonl" else source)
+        info = read_dataset(path.parent if is_manifest(source) else source)
     except DataError:
         licences = sorted({clip.licence for clip in clips if clip.licence})
         return {"name": path.name, "licence": ", ".join(licences) or "licence not stated", "attribution": ""}

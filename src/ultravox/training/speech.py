@@ -21,8 +21,9 @@ from ultravox.config.schema import AugmentConfig, RunConfig, SourceConfig
 from ultravox.data.cache import CacheKey, CacheReport, FeatureCache, FeatureRequest
 from ultravox.data.collate import WindowSlots, pad_frames
 from ultravox.data.loader import fingerprint
-from ultravox.data.manifest import Clip, load_clips
+from ultravox.data.manifest import Clip
 from ultravox.data.prompts import messages_for, render
+from ultravox.data.sources import load_clips
 from ultravox.errors import DataError
 from ultravox.metrics.normalize import normalize_english, spoken_form
 from ultravox.training.progress import bar
