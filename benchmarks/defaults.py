@@ -162,8 +162,9 @@ def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
         "",
         "The defaults of a key that no file sets (`docs/configuration.md`) are more careful than these rates: they are",
         "for runs of any length and for language models of any size, where a rate that is too low costs time and one",
-        "that is too high the run. They are 1e-3 for the projector and 5e-4 for LoRA, without warm-up. The audio",
-        "encoder's is 2e-5, since with 1e-4 a whole encoder that trains is soon destroyed; LoRA on it bears 1e-4.",
+        "that is too high the run: 1e-3 for the projector and 5e-4 for LoRA. They go without warm-up; whoever raises",
+        "them wants one, as the sweep below shows. The audio encoder's is 2e-5, since with 1e-4 a whole encoder that",
+        "trains is soon destroyed; LoRA on it bears 1e-4.",
     ]
     for name, sweep in SWEEPS.items():
         if name not in results:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -111,6 +113,26 @@ def test_transcribe_keeps_the_others_when_a_file_cannot_be_used(tiny_checkpoint,
     assert "1 of 3 files could not be used" in captured.err
     assert main(words) == 2
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [clips[0], clips[1]]
+
+
+def test_a_file_name_that_is_no_text_costs_nothing(tiny_checkpoint, clips, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/x\xff.flac"
+    shutil.copy(clips[0], odd)
+    words = [
+        sys.executable,
+        "-m",
+        "ultravox",
+        "transcribe",
+        str(tiny_checkpoint),
+        odd,
+        clips[1],
+        "--max-new-tokens",
+        "2",
+    ]
+    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"\n") == 2
+    assert b"x\\udcff.flac: " in done.stdout
 
 
 @pytest.mark.parametrize("words", [["ask", "--audio", "x.wav"], ["transcribe", "x.wav"], ["chat"], ["evaluate"]])

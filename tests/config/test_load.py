@@ -207,6 +207,26 @@ def test_mistakes_name_their_place(write, old, new, message):
         load_config(write(BASE.replace(old, new, 1)))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["--stages.tune.sources", "[nope]"], "stages.tune.sources"),
+        (["--stages.tune.align.match_weight", "2"], "stages.tune.align.match_weight"),
+        (["--stages.tune.name", "align"], "stages.tune.name"),
+    ],
+)
+def test_a_mistake_on_the_command_line_names_it(write, overrides, key):
+    with pytest.raises(ConfigError, match=f"^command line: --{key}: "):
+        load_config(write(BASE), ["--seed", "3", *overrides])
+
+
+def test_of_two_keys_that_do_not_fit_the_childs_is_named(write):
+    write(BASE, "base.yaml")
+    child = write("extends: base.yaml\nstages:\n  - name: tune\n    max_steps: 2\n", "child.yaml")
+    with pytest.raises(ConfigError, match=r"child\.yaml:4: stages\[1\]: .*warmup_steps \(5\) exceeds"):
+        load_config(child)
+
+
 def test_a_mistake_in_the_parent_names_the_parent(write):
     write(BASE.replace("seed: 7", "seed: -1"), "base.yaml")
     with pytest.raises(ConfigError, match=r"base\.yaml:2: seed"):

@@ -53,3 +53,11 @@ def test_output_scale(ln_mid):
     projector.init_scale(0.13)
     output, _ = projector(3 * torch.randn(4, 100, 32), torch.full((4,), 100))
     assert float(output.detach().square().mean().sqrt()) == pytest.approx(0.13, rel=0.05)
+
+
+@pytest.mark.parametrize(("clips", "frames"), [(0, 4), (2, 0)])
+def test_nothing_gives_nothing(clips, frames):
+    projector = SwigluProjector(8, 16, 12, 2)
+    output, lengths = projector(torch.zeros(clips, frames, 8), torch.zeros(clips, dtype=torch.long))
+    assert output.shape == (clips, frames // 2, 12)
+    assert lengths.tolist() == [0] * clips

@@ -15,6 +15,7 @@ from tiny_run import tiny_config
 
 from ultravox.data.cache import FeatureCache
 from ultravox.errors import CheckpointError, ConfigError, DataError, UltravoxError
+from ultravox.model.folder import find_model_folder
 from ultravox.training.align import AlignTask
 from ultravox.training.checkpoint import list_checkpoints
 from ultravox.training.interrupt import TrainingInterrupted
@@ -271,9 +272,21 @@ def test_a_new_run_removes_what_the_earlier_one_left(parts, whole, tmp_path):
 
 
 def test_resuming_without_a_checkpoint_is_refused_and_leaves_nothing(parts, tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no checkpoint to go on from: leave out --resume"):
-        run_training(short_config(parts, tmp_path / "run", steps=(1, 1)), resume=True)
+    config = short_config(parts, tmp_path / "run", steps=(1, 1))
+    with pytest.raises(ConfigError, match=r"holds no checkpoint of these stages to go on from: leave out --resume"):
+        run_training(config, resume=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_in_its_first_save_begins_anew(parts, tmp_path):
+    config = short_config(parts, tmp_path / "run", steps=(1, 1))
+    (tmp_path / "run" / "checkpoints" / ".align-000001.tmp").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("version: 1\n")
+    with pytest.raises(ConfigError, match="to go on from: begin with --overwrite"):
+        run_training(config, resume=True)
+    with pytest.raises(CheckpointError, match=r"its training has not finished$"):
+        find_model_folder(tmp_path / "run")
+    assert (run_training(config) / "train.json").is_file()
 
 
 def test_rows_that_are_not_packed_count_their_padding(parts, tmp_path, monkeypatch):
@@ -370,6 +383,7 @@ def test_clips_that_ctc_has_no_room_for_are_named(parts, tmp_path, capsys):
 
 
 def test_bad_clips_fail_the_run_by_reason(parts, tmp_path, capsys):
+    tmp_path = tmp_path / "calls [raw]"  # what rich would take for a style
     shutil.copytree(parts[1], tmp_path / "tones")
     (tmp_path / "tones" / "audio" / "003.wav").write_bytes(b"RIFFnonsense")
     config = short_config((parts[0], tmp_path / "tones"), tmp_path / "run", steps=(1, 1))
@@ -378,7 +392,9 @@ def test_bad_clips_fail_the_run_by_reason(parts, tmp_path, capsys):
     content = config.model_dump(mode="json")
     content["data"]["max_quarantine_share"] = 0.1
     run = run_training(type(config).model_validate(content))
-    (named,) = json.loads((run / "train.json").read_text())["quarantined"].values()
+    summary = json.loads((run / "train.json").read_text())
+    assert sum(summary["quarantined"].values()) == 1
+    (named,) = summary["quarantined_files"].values()
     assert named == [str(tmp_path / "tones" / "audio" / "003.wav")]
     assert named[0] in " ".join(capsys.readouterr().err.split())
 

@@ -9,6 +9,7 @@ A command module holds ``HELP: str``, ``add_arguments(parser)`` and ``run(args) 
 import argparse
 import difflib
 import errno
+import io
 import os
 import re
 import sys
@@ -62,6 +63,9 @@ class _Parser(argparse.ArgumentParser):
 
 def entry() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text, and must not cost the output
     sys.exit(main())
 
 

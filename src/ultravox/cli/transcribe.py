@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             found[index] = load_speech(path)
         except AudioError as error:
-            errors[index] = str(error)
-            print(f"ultravox: error: {error}", file=sys.stderr)
+            errors[index] = " ".join(str(error).split())
+            print(f"ultravox: error: {errors[index]}", file=sys.stderr)
     texts = dict(zip(found, _transcribe(args, list(found.values())), strict=True)) if found else {}
     for index, path in enumerate(args.files):
         if args.json:

@@ -67,7 +67,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         # never inherited: a refined run must not write into its parent's folder
         document.data["run_dir"] = f"runs/{path.stem}"
     _apply_overrides(document, overrides)
-    return _validate(document)
+    return _validate(document, str(path))
 
 
 def parse_config(text: str, name: str = "config") -> RunConfig:
@@ -282,7 +282,7 @@ def _find_in_list(items: list[Any], part: str, path: KeyPath) -> int:
 # Checking
 
 
-def _validate(document: _Document) -> RunConfig:
+def _validate(document: _Document, file: str = "") -> RunConfig:
     try:
         return RunConfig.model_validate(document.data)
     except ValidationError as error:
@@ -300,7 +300,7 @@ def _validate(document: _Document) -> RunConfig:
         raise ConfigError(f"{where}: key '{path[-1]}' is missing{place}{more}")
     message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
     if first["type"] == "value_error":
-        where = document.where(_blamed(document, path, message))
+        where = document.where(_blamed(document, path, message, file))
     message = (
         message.replace("greater than or equal to", "be ≥")
         .replace("less than or equal to", "be ≤")
@@ -310,12 +310,21 @@ def _validate(document: _Document) -> RunConfig:
     raise ConfigError(f"{where}: {_dotted(path) + ': ' if path else ''}{message}{given}{more}")
 
 
-def _blamed(document: _Document, section: KeyPath, message: str) -> KeyPath:
-    """Of the keys that a section's error names, one from the command line, else the first."""
-    words = set(re.findall(r"[\w.]+", message))
-    named = [key for key in document.origin if key[: len(section)] == section and _dotted(key[len(section) :]) in words]
-    given = [key for key in named if document.origin[key].startswith(COMMAND_LINE)]
-    return next(iter(given or named), section)
+def _blamed(document: _Document, section: KeyPath, message: str, file: str) -> KeyPath:
+    """Of the keys that a section's error names, one from the command line, else from the run's own file, else any."""
+    said = set(re.findall(r"[\w.]+", re.sub(r"'[^']*'", "", message)))
+    hinted = {part for word in re.findall(r"[\w.]+", message) for part in word.split(".")}
+    named: list[KeyPath] = []
+    for key, place in document.origin.items():
+        inside = key[len(section) :]
+        if key[: len(section)] != section or not inside:
+            continue
+        if place.startswith(COMMAND_LINE) and hinted & set(map(str, inside)):
+            return key
+        if _dotted(inside) in said and (section or message.startswith(f"{_dotted(inside)} ")):
+            named.append(key)
+    own = [key for key in named if document.origin[key].startswith(f"{file}:")]
+    return next(iter(own or named), section)
 
 
 def _raise_unknown(where: str, key: str, section: KeyPath, names: list[str], more: str = "") -> None:

@@ -17,5 +17,6 @@ def find_model_folder(checkpoint: str | Path) -> Path:
     for folder in (path / "model", path):
         if (folder / "config.json").is_file():
             return folder
-    hint = "its training has not finished; resume it" if (path / "config.yaml").is_file() else "expected config.json"
+    hint = "its training has not finished" if (path / "config.yaml").is_file() else "expected config.json"
+    hint += "; go on with --resume" if any(path.glob("checkpoints/[!.]*")) else ""
     raise CheckpointError(f"{path} holds no saved model: {hint}")

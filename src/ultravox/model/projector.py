@@ -89,4 +89,6 @@ class SwigluProjector(nn.Module):
         rows = fill_rows(stacked.flatten(0, 1))
         hidden = self.ln_mid(swiglu(self.linear_1(self.ln_pre(rows))))
         projected = self.ln_post(self.linear_2(hidden))[: stacked.shape[0] * stacked.shape[1]]
-        return projected.view(*stacked.shape[:2], -1), num_audio_tokens(frame_lengths, self.stack_factor)
+        return projected.view(*stacked.shape[:2], projected.shape[-1]), num_audio_tokens(
+            frame_lengths, self.stack_factor
+        )

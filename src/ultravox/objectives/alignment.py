@@ -63,7 +63,7 @@ class CtcAlignment(nn.Module):
         table = torch.cat([self.blank[None], self.rows])
         rows = audio_embeddings.reshape(-1, audio_embeddings.shape[-1])
         scores = linear(fill_rows(rows * self.log_scale.exp()), table)[: len(rows)]
-        return scores.view(*audio_embeddings.shape[:-1], -1)
+        return scores.view(*audio_embeddings.shape[:-1], scores.shape[-1])
 
     def loss(
         self, audio_embeddings: Tensor, token_lengths: Tensor, targets: Tensor, target_lengths: Tensor

@@ -75,7 +75,8 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
     run_dir = Path(config.run_dir)
     names = [stage.name for stage in config.stages]
     if resume and not checkpoints.list_checkpoints(run_dir, names):
-        raise ConfigError(f"{run_dir} holds no checkpoint to go on from: leave out --resume to begin")
+        instead = "begin with --overwrite" if (run_dir / "config.yaml").is_file() else "leave out --resume to begin"
+        raise ConfigError(f"{run_dir} holds no checkpoint of these stages to go on from: {instead}")
     with ExitStack() as stack:
         # 1. One process per run folder
         lock(run_dir, stack)
@@ -156,7 +157,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
             f"stage {stage.name}: {len(task.left_out)} versions of {len(set(task.left_out))} clips do not fit this "
             f"objective and are left out, such as {task.left_out[0]} (all in train.json)"
         )
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
     optim = stage.optim
     groups = task.parameter_groups()
     if not groups:
@@ -294,7 +295,8 @@ def _summary(run: RunState, data: SpeechData, begin: float) -> dict[str, Any]:
         "num_clips": len(data.examples),
         "audio_seconds": data.seconds,
         "num_progress_clips": len(data.progress_examples),
-        "quarantined": data.report.quarantined,
+        "quarantined": {reason: len(files) for reason, files in data.report.quarantined.items()},
+        "quarantined_files": data.report.quarantined,
         "num_trainable_parameters": sum(parameter.numel() for parameter in data.trainable.values()),
         "stages": run.finished,
     }
@@ -345,4 +347,4 @@ def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
         f"{left_out}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
         f"{memory_bytes() / 1e9:.1f} GB of memory"
     )
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
