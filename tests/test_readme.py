@@ -127,7 +127,7 @@ def stands_alone(command: str) -> bool:
     return ".venv/bin/" in command and not re.search(r"\bchat\b|runs/mine|runs/own|own\.yaml", command)
 
 
-@pytest.mark.parametrize("command", filter(stands_alone, readme_commands()))
+@pytest.mark.parametrize("command", list(filter(stands_alone, readme_commands())))
 def test_command(command: str, shortened: Shortened):
     done = shortened.run(command)
     assert done.returncode == 0, done.stderr[-3000:]
