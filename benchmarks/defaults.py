@@ -158,7 +158,7 @@ def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
         "`configs/benchmark-align.yaml` and `configs/benchmark-tune.yaml`. WER is on clips of the training split that",
         "were kept out of training, mean over the seeds with its 95% interval (Student's t). With three seeds the",
         "intervals are wide: a value stays where no other is clearly better. (used) marks those two files' value.",
-        "Core seconds: –, where nobody took them, or the run was paused on the way.",
+        "Core seconds: –, where other work ran beside it.",
         "",
         "The defaults of a key that no file sets (`docs/configuration.md`) are more careful than these rates: they are",
         "for runs of any length and for language models of any size, where a rate that is too low costs time and one",
