@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from ultravox.data.inspection import MEANINGS, QUANTILES, Inspection, inspect_splits, worst_rows
 from ultravox.data.manifest import Clip
 from ultravox.data.sources import load_clips, split_names
 from ultravox.errors import DataError
+from ultravox.evaluation.inspection import MEANINGS, QUANTILES, Inspection, inspect_splits, worst_rows
 
 MOST_ROWS = 10
 EXIT_FAULTS = 2

@@ -129,19 +129,22 @@ def _row(clip: Clip, folder: Path) -> dict[str, Any]:
 
 def read_rows(path: Path) -> list[Clip]:
     """The clips of a manifest: one JSON object a line, in our keys or in those of NeMo's manifests."""
-    return collect(
-        path, ((place, clip_of(_our_keys(row_of(line, place), place), path, place)) for place, line in read_lines(path))
-    )
+    rows = ((place, _our_keys(row_of(line, place), place)) for place, line in read_lines(path))
+    return collect(path, ((place, clip_of(row, path, place)) for place, row in rows))
 
 
-def read_lines(path: Path, blank: bool = False) -> Iterator[tuple[str, bytes]]:
-    """Place ("file, line 3") and content of each line without its end; blank ones only if asked for."""
+def read_content(path: Path) -> bytes:
+    """A manifest's bytes without a byte order mark, or a DataError."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise DataError(f"cannot read the manifest {path}: {error.strerror}") from error
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if blank or line.strip():
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Place ("file, line 3") and content of each line that is not blank."""
+    for number, line in enumerate(read_content(path).split(b"\n"), start=1):
+        if line.strip():
             yield f"{path}, line {number}", line
 
 

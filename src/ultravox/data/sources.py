@@ -16,6 +16,7 @@ from ultravox.data.manifest import (
     clip_of,
     collect,
     load_split,
+    read_content,
     read_dataset,
     read_lines,
     read_rows,
@@ -68,15 +69,14 @@ def _metadata_files(source: str | Path) -> dict[str, Path]:
         return {}
     if beside := [folder / name for name in METADATA_FILES if (folder / name).is_file()]:
         return {ROOT_SPLIT: beside[0]}
-    below = sorted(path for name in METADATA_FILES for path in folder.glob(f"*/{name}"))
-    return {path.parent.name: path for path in reversed(below)}
+    below = sorted((path for name in METADATA_FILES for path in folder.glob(f"*/{name}")), reverse=True)
+    return {path.parent.name: path for path in below}  # a folder's .csv comes after its .jsonl, and is taken
 
 
 def _read_metadata(path: Path) -> list[Clip]:
     """Rows of a metadata file: ``file_name``, a text, and what else of our keys there is."""
-    rows = (
-        _csv_rows(path) if path.suffix == ".csv" else ((place, row_of(line, place)) for place, line in read_lines(path))
-    )
+    json_rows = ((place, row_of(line, place)) for place, line in read_lines(path))
+    rows = _csv_rows(path) if path.suffix == ".csv" else json_rows
 
     def clips() -> Iterator[tuple[str, Clip]]:
         for place, row in rows:
@@ -94,9 +94,9 @@ def _read_metadata(path: Path) -> list[Clip]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and columns of each row; an empty cell counts as absent, unless it is the text."""
-    text = b"\n".join(line for _, line in read_lines(path, blank=True))
+    text = read_content(path)
     try:
-        reader = csv.DictReader(io.StringIO(text.decode("utf-8")), strict=True)
+        reader = csv.DictReader(io.StringIO(text.decode("utf-8"), newline=""), strict=True)
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():

@@ -6,10 +6,10 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ultravox.audio.waveform import load_waveform
-from ultravox.data.inspection import MEANINGS, Inspection, characters_per_second, worst_rows
 from ultravox.data.manifest import Clip
 from ultravox.errors import AudioError
 from ultravox.evaluation.figures import histogram
+from ultravox.evaluation.inspection import MEANINGS, Inspection, characters_per_second, worst_rows
 from ultravox.evaluation.media import compressed_audio, data_uri
 from ultravox.evaluation.report import both_widths, page_environment
 from ultravox.files import atomic_write

@@ -3,7 +3,6 @@
 Distributions are of the rows' own durations; with decoding, each file is also heard, and held against its row.
 """
 
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from ultravox.audio.waveform import load_waveform
 from ultravox.data.manifest import Clip
 from ultravox.errors import AudioError
 from ultravox.files import sha256_file
+from ultravox.metrics.normalize import spoken_form
 
 FORMAT_VERSION = 1
 
@@ -60,6 +60,7 @@ class SplitSummary:
     num_texts: int
     """Different texts."""
     num_speakers: int
+    """Different ones that are named."""
     licences: dict[str, int]
     """Licence → clips."""
     duration: dict[str, float]
@@ -99,15 +100,9 @@ class Inspection:
         return {"version": FORMAT_VERSION, **asdict(self)}
 
 
-def plain_text(text: str) -> str:
-    """Lower case; letters with their combining marks, digits and apostrophes of any script; single spaces."""
-    kept = (c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text.casefold())
-    return " ".join("".join(kept).split())
-
-
 def characters_per_second(clip: Clip) -> float:
-    """Characters of `plain_text`, for each second of the row's duration."""
-    return len(plain_text(clip.text)) / clip.duration
+    """Characters of `spoken_form`, for each second of the row's duration."""
+    return len(spoken_form(clip.text)) / clip.duration
 
 
 def inspect_splits(
@@ -179,30 +174,30 @@ def _repeated_audio(places: Mapping[str, Sequence[tuple[str, str]]]) -> list[Fin
 
 
 def _shared_texts(splits: Mapping[str, Sequence[Clip]]) -> list[Finding]:
-    """Texts of the split ``train`` that other splits have too, named there; compared as `plain_text` leaves them."""
+    """Texts of the split ``train`` that other splits have too, named there; compared as `spoken_form` leaves them."""
     first: dict[str, str] = {}
     for clip in splits.get("train", ()):
-        first.setdefault(plain_text(clip.text), clip.id)
+        first.setdefault(spoken_form(clip.text), clip.id)
     first.pop("", None)
     return [
         Finding("text in two splits", split, clip.id, f"as {first[text]} of train: {clip.text}")
         for split, clips in splits.items()
         if split != "train"
         for clip in clips
-        if (text := plain_text(clip.text)) in first
+        if (text := spoken_form(clip.text)) in first
     ]
 
 
 def _summary(name: str, clips: Sequence[Clip]) -> SplitSummary:
-    words = Counter(word for clip in clips for word in plain_text(clip.text).split())
+    words = Counter(word for clip in clips for word in spoken_form(clip.text).split())
     return SplitSummary(
         name,
         len(clips),
         sum(clip.duration for clip in clips),
         words.total(),
         len(words),
-        len({plain_text(clip.text) for clip in clips}),
-        len({clip.speaker for clip in clips}),
+        len({spoken_form(clip.text) for clip in clips}),
+        len({clip.speaker for clip in clips} - {""}),
         dict(Counter(clip.licence or "not stated" for clip in clips).most_common()),
         _quantiles([clip.duration for clip in clips]),
         _quantiles([characters_per_second(clip) for clip in clips]),

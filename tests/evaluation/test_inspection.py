@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ultravox.audio.waveform import write_waveform
-from ultravox.data.inspection import FAULTS, Finding, Inspection, inspect_splits, plain_text, worst_rows
 from ultravox.data.manifest import Clip
+from ultravox.evaluation.inspection import FAULTS, Finding, Inspection, inspect_splits, worst_rows
 
 
 @pytest.fixture
@@ -86,20 +86,6 @@ def test_without_decoding_the_rows_are_believed(clip):
     found = inspect_splits({"train": [broken]}, decode=False)
     assert found.findings == []
     assert not found.decoded
-
-
-@pytest.mark.parametrize(
-    ("text", "plain"),
-    [
-        ("Grüß Gott!", "grüss gott"),
-        ("नमस्ते, दुनिया", "नमस्ते दुनिया"),
-        ("你好。", "你好"),
-        ("Don't — stop", "don't stop"),
-        ("…", ""),
-    ],
-)
-def test_texts_of_any_script_are_compared(text, plain):
-    assert plain_text(text) == plain
 
 
 def test_the_worst_rows_show_each_kind():
