@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         metavar="NAME_OR_PATH",
         nargs="+",
-        help="bundled name, dataset folder (all its splits) or .jsonl files",
+        help="bundled name, dataset or audio folder (all its splits), or .jsonl files",
     )
     inspect.add_argument("--html", metavar="FILE", type=Path, help="also write a page with histograms and players")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
