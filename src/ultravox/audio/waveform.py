@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ultravox.audio.content import AudioContent
 from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.errors import AudioError
 from ultravox.files import atomic_write
@@ -40,11 +41,13 @@ class _Decoder:
     blocks: Iterator[np.ndarray]
 
 
-def load_waveform(source: str | Path | bytes | BinaryIO, *, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+def load_waveform(
+    source: str | Path | AudioContent | bytes | BinaryIO, *, max_seconds: float = MAX_SECONDS
+) -> np.ndarray:
     """Decode a file, mix it to mono and resample it to 16 kHz.
 
     Args:
-        source: a path, a file's content, or an open binary file.
+        source: a path, a place inside something else, a file's content, or an open binary file.
         max_seconds: longer audio is refused, by its header where it has one.
 
     Returns:
@@ -124,12 +127,17 @@ def _too_long(name: str, seconds: float, max_seconds: float) -> AudioError:
     )
 
 
-def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, BinaryIO, str]:
+def _open(source: str | Path | AudioContent | bytes | BinaryIO) -> tuple[str, BinaryIO, str]:
     """A name for messages, the open file and the name's suffix; missing and empty ones are refused here."""
     if isinstance(source, bytes):
         if not source:
             raise AudioError(f"the audio data is empty (0 bytes): {FORMATS_HINT}")
         return "the audio data", io.BytesIO(source), ""
+    if isinstance(source, AudioContent) and not isinstance(source, os.PathLike):
+        content = source.read()
+        if not content:
+            raise AudioError(f"{source} is empty (0 bytes): {FORMATS_HINT}")
+        return str(source), io.BytesIO(content), source.suffix.lower()
     if not isinstance(source, str | os.PathLike):
         return _open(source.read())
     path = Path(source)

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ultravox.audio.content import Audio, audio_sha256
 from ultravox.audio.waveform import SAMPLE_RATE, change_speed, load_waveform
 from ultravox.data.plan import plan_batches
 from ultravox.errors import AudioError, DataError
-from ultravox.files import atomic_write, explain_full_disk, sha256_file, ultravox_home
+from ultravox.files import atomic_write, explain_full_disk, ultravox_home
 
 FORMAT_VERSION = 1
 
@@ -59,7 +60,7 @@ class FeatureRequest:
     """One clip at one speed. `seconds` (unstretched, from the manifest) groups clips of like length and sorts out those
     outside the length limits; where it is wrong, the audio itself is found out to be."""
 
-    audio: Path
+    audio: Audio
     seconds: float
     speed: float = 1.0
 
@@ -75,7 +76,7 @@ class CacheReport:
     quarantined: dict[str, list[str]] = field(default_factory=dict)
     """Reason → audio files."""
 
-    def quarantine(self, reason: str, audio: Path) -> None:
+    def quarantine(self, reason: str, audio: Audio) -> None:
         files = self.quarantined.setdefault(reason, [])
         if str(audio) not in files:
             files.append(str(audio))
@@ -139,14 +140,14 @@ class FeatureCache:
         """
         begin = time.monotonic()
         report = CacheReport(names=[None] * len(requests))
-        hashes: dict[Path, str | None] = {}
+        hashes: dict[Audio, str | None] = {}
         for index, request in enumerate(requests):
             # by its manifest; a wrong one is found out on loading
             if reason := _outside(request.seconds * SAMPLE_RATE, min_seconds, max_seconds):
                 report.quarantine(reason, request.audio)
                 continue
             if request.audio not in hashes:
-                hashes[request.audio] = sha256_file(request.audio) if request.audio.is_file() else None
+                hashes[request.audio] = _digest(request.audio)
             if (digest := hashes[request.audio]) is None:
                 report.quarantine("missing", request.audio)
             else:
@@ -295,7 +296,15 @@ class FeatureCache:
             yield
 
 
-def _reason(error: AudioError, audio: Path) -> str:
+def _digest(audio: Audio) -> str | None:
+    """SHA-256 of the encoded audio, or None where there is none."""
+    try:
+        return audio_sha256(audio)
+    except AudioError:
+        return None
+
+
+def _reason(error: AudioError, audio: Audio) -> str:
     """The kind of fault in a few words, to count by."""
     message = str(error).replace(str(audio), "")
     kinds = {

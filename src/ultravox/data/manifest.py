@@ -6,10 +6,11 @@ the file, ``duration`` is in seconds, ``answer`` (optional) is what the language
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ultravox.audio.content import Audio
 from ultravox.errors import DataError
 from ultravox.files import atomic_write, sha256_file, ultravox_home
 
@@ -20,15 +21,18 @@ BUNDLED_DATASETS = ("asterisk-en", "synthetic-en", "spoken-requests-en")
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One recording and what is said in it. ``audio`` is absolute, ``duration`` in seconds."""
+    """One recording and what is said in it. A file's path is absolute, ``duration`` is in seconds."""
 
     id: str
-    audio: Path
+    audio: Audio
     text: str
     duration: float
     speaker: str = ""
     licence: str = ""
     answer: str | None = None
+    language: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What else the row holds, for prompt templates."""
 
 
 def dataset_folder(source: str | Path) -> Path:
@@ -116,6 +120,7 @@ def write_dataset(
 
 
 def _row(clip: Clip, folder: Path) -> dict[str, Any]:
+    assert isinstance(clip.audio, Path)
     row = {
         "id": clip.id,
         "audio": clip.audio.relative_to(folder).as_posix(),

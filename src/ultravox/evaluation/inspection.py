@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ultravox.audio.content import audio_sha256
 from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.audio.waveform import load_waveform
 from ultravox.data.manifest import Clip
 from ultravox.errors import AudioError
-from ultravox.files import sha256_file
 from ultravox.metrics.normalize import spoken_form
 
 FORMAT_VERSION = 1
@@ -125,7 +125,7 @@ def inspect_splits(
         for clip in clips:
             found = [*_of_text(clip), *(_of_audio(clip) if decode else [])]
             findings += [Finding(kind, split, clip.id, detail) for kind, detail in found]
-            places[sha256_file(clip.audio)].append((split, clip.id))
+            places[audio_sha256(clip.audio)].append((split, clip.id))
             done += 1
             if on_progress is not None:
                 on_progress(done, total)

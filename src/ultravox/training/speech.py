@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor
 from ultravox.audio.augment import augment_frames, generator_for
 from ultravox.audio.features import NormalizedWaveform, windows
 from ultravox.audio.lengths import MAX_WINDOW_SAMPLES
-from ultravox.config.schema import AugmentConfig, RunConfig, SourceConfig
+from ultravox.config.data import AugmentConfig, SourceConfig
+from ultravox.config.schema import RunConfig
 from ultravox.data.cache import CacheKey, CacheReport, FeatureCache, FeatureRequest
 from ultravox.data.collate import WindowSlots, pad_frames
 from ultravox.data.loader import fingerprint
 from ultravox.data.manifest import Clip
-from ultravox.data.prompts import messages_for, render
+from ultravox.data.prompts import Task, messages_for, render
 from ultravox.data.sources import load_clips
 from ultravox.errors import DataError
 from ultravox.metrics.normalize import normalize_english, spoken_form
@@ -240,10 +241,12 @@ def _keep_out(clips: list[Sourced], count: int) -> tuple[list[Sourced], list[Sou
 
 def _tokenise(source: SourceConfig, clip: Clip, processor: Any, style: Literal["written", "spoken"]) -> Example:
     text = spoken_form(clip.text) if style == "spoken" else clip.text
-    input_ids, supervised = render(processor.tokenizer, messages_for(replace(clip, text=text), source.task))
+    input_ids, supervised = render(processor.tokenizer, messages_for(replace(clip, text=text), cast(Task, source.task)))
     ids = np.asarray(input_ids, dtype=np.int64)
     if (count := int((ids == processor.audio_token_index).sum())) != 1:
         raise DataError(f"the prompt of {clip.id} has {count} <|audio|> tokens, expected 1: is one in its text?")
     # With a space in front, a word is the same token at the beginning as in the middle: CTC has fewer to tell apart.
     transcript = np.asarray(processor.tokenizer.encode(f" {text}", add_special_tokens=False), dtype=np.int64)
-    return Example(clip.id, source.name, clip.text, source.repeat, ids, np.asarray(supervised, dtype=bool), transcript)
+    return Example(
+        clip.id, source.name, clip.text, int(source.repeat or 1), ids, np.asarray(supervised, dtype=bool), transcript
+    )

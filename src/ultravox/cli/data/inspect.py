@@ -1,33 +1,57 @@
-"""The action `inspect` of ``ultravox data``."""
+"""``ultravox data inspect``: what a dataset holds, and which rows to look at."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ultravox.data.manifest import Clip
-from ultravox.data.sources import load_clips, split_names
 from ultravox.errors import DataError
-from ultravox.evaluation.inspection import MEANINGS, QUANTILES, Inspection, inspect_splits, worst_rows
 
+if TYPE_CHECKING:
+    from ultravox.data.manifest import Clip
+    from ultravox.evaluation.inspection import Inspection
+
+HELP = (
+    "Hours, lengths, words, licences; rows whose audio or text is doubtful; audio and texts that stand in two splits."
+)
 MOST_ROWS = 10
 EXIT_FAULTS = 2
 
 
-def inspect_dataset(sources: list[str], html: Path | None, as_json: bool, decode: bool, strict: bool) -> int:
-    """Inspect the splits of some sources together; see `ultravox data inspect --help`."""
-    splits = _load(sources)
-    inspection = inspect_splits(splits, decode=decode, on_progress=_progress())
-    if html is not None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sources, and what to make of them."""
+    parser.add_argument(
+        "sources",
+        metavar="NAME_OR_PATH",
+        nargs="+",
+        help="bundled name, dataset or audio folder (all its splits), or .jsonl files",
+    )
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with histograms and players")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--no-decode", action="store_true", help="believe the rows' durations; hear no file")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with code 2 when a row cannot be used or stands in two splits"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect the splits of some sources together."""
+    from ultravox.evaluation.inspection import inspect_splits
+
+    splits = _load(args.sources)
+    inspection = inspect_splits(splits, decode=not args.no_decode, on_progress=_progress())
+    if args.html is not None:
         from ultravox.evaluation.dataset_page import write_dataset_page
 
-        write_dataset_page(html, ", ".join(sources), splits, inspection)
-    if as_json:
+        write_dataset_page(args.html, ", ".join(args.sources), splits, inspection)
+    if args.json:
         print(json.dumps(inspection.to_json(), ensure_ascii=False))
     else:
         _print(inspection)
-        if html is not None:
-            print(f"page  {html}")
-    if strict and (faults := inspection.faults):
+        if args.html is not None:
+            print(f"page  {args.html}")
+    if args.strict and (faults := inspection.faults):
         print(
             f"ultravox: error: faults: {len(faults)}, the first in row {faults[0].id} of {faults[0].split}",
             file=sys.stderr,
@@ -36,8 +60,10 @@ def inspect_dataset(sources: list[str], html: Path | None, as_json: bool, decode
     return 0
 
 
-def _load(sources: list[str]) -> dict[str, list[Clip]]:
+def _load(sources: list[str]) -> "dict[str, list[Clip]]":
     """Name of each split → its clips. Two sources may not give one name to two splits."""
+    from ultravox.data.sources import load_clips, split_names
+
     splits: dict[str, list[Clip]] = {}
     for source in sources:
         found = {split: load_clips(source, split) for split in split_names(source)}
@@ -66,9 +92,11 @@ def _progress():
     return update
 
 
-def _print(inspection: Inspection) -> None:
+def _print(inspection: "Inspection") -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from ultravox.evaluation.inspection import MEANINGS, QUANTILES, worst_rows
 
     console = Console(highlight=False)
     table = Table(title=None, title_justify="left")
