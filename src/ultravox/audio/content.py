@@ -1,6 +1,7 @@
 """Where encoded audio is: a file, or a place inside something else (a Parquet cell, a part of a recording)."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -26,6 +27,23 @@ class AudioContent(Protocol):
 
 
 Audio = Path | AudioContent
+
+
+@dataclass(frozen=True, slots=True)
+class NoAudio:
+    """In the place of a recording, in a row that is text alone."""
+
+    suffix: str = ""
+
+    def read(self) -> bytes:
+        """There is nothing to read: always an AudioError."""
+        raise AudioError("a row without audio was to be heard: use it with the task 'text', or give it audio")
+
+    def __str__(self) -> str:
+        return "no audio"
+
+
+NO_AUDIO = NoAudio()
 
 
 def read_audio(audio: Audio) -> bytes:

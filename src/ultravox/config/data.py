@@ -8,7 +8,14 @@ from ultravox.config.section import Name, Section, Share, Speed
 
 SourceFormat = Literal["auto", "manifest", "audio_folder", "dataset", "prepared", "huggingface", "lhotse"]
 TaskName = Literal[
-    "transcription", "translation", "continuation", "answer", "question_answering", "endpointing", "text"
+    "transcription",
+    "translation",
+    "continuation",
+    "answer",
+    "question_answering",
+    "endpointing",
+    "conversation",
+    "text",
 ]
 Codec = Literal["mulaw", "telephone", "opus", "mp3"]
 
@@ -46,7 +53,8 @@ class SourceConfig(Section):
     task: TaskName = Field(
         "transcription",
         description="what the model learns to write: the transcript, its translation, a continuation or answer, the "
-        "answer to a written question, whether the speaker has finished, or (without audio) a text",
+        "answer to a written question, whether the speaker has finished, what the assistant says in a row's own "
+        "messages, or (without audio) a text",
     )
     prompts: Literal["first", "all"] | list[Name] = Field(
         "first",

@@ -21,7 +21,10 @@ BUNDLED_DATASETS = ("asterisk-en", "synthetic-en", "spoken-requests-en")
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One recording and what is said in it. A file's path is absolute, ``duration`` is in seconds."""
+    """One row of a dataset: a recording and what is said in it; or several recordings; or, with `NO_AUDIO`, a text.
+
+    A file's path is absolute, ``duration`` is in seconds, 0 without audio.
+    """
 
     id: str
     audio: Audio
@@ -33,6 +36,10 @@ class Clip:
     language: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What else the row holds, for prompt templates."""
+    more_audio: tuple[tuple[Audio, float], ...] = ()
+    """Further recordings of a conversation and their seconds, in the order in which it hears them."""
+    messages: tuple[Mapping[str, str], ...] | None = None
+    """A whole conversation: role and content of each turn, with a placeholder for each recording."""
 
 
 def dataset_folder(source: str | Path) -> Path:
