@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,8 @@ from rich.console import Console
 
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
+from ultravox.data.loader import LoadedStep, Loader, Position
+from ultravox.data.sources import require_not_shrunk
 from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file
 from ultravox.model.factory import build_model, build_processor, save_model
@@ -31,6 +33,7 @@ from ultravox.training.progress import TerminalProgress
 from ultravox.training.run_folder import clear, lock, require_free
 from ultravox.training.speech import SpeechData, prepare_speech
 from ultravox.training.speech_task import SpeechTask
+from ultravox.training.trackers import samples
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
 from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
@@ -99,23 +102,26 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 
         # 3. The data: clips, tokens, features of the frozen encoder
         data = prepare_speech(config, model, processor)
-        run = RunState(feature_cache_seconds=data.report.seconds)
+        run = RunState(feature_cache_seconds=data.cache_seconds)
         if start is not None:
+            for source, before in start.state["sizes"].items():
+                require_not_shrunk(source, before, data.sizes.get(source, 0))
             checkpoints.require_same(start.state["data"], data.fingerprints, "the training data", found[-1])
             run = RunState(**start.state["run"])
-            run.feature_cache_seconds += data.report.seconds
+            run.feature_cache_seconds += data.cache_seconds
         _announce(config, model, data)
 
         # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
         if not resume:
             clear(run_dir)
         atomic_write(run_dir / "config.yaml", dump_config(config))
+        attempt = samples.next_attempt(run_dir) if config.logging.samples else 0
         drop_rows_after(run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ()))
         stop = stack.enter_context(stop_on_signals())
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
-                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop)
+                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop, attempt)
                 _run_stage(context, start if index == first else None)
 
         # 5. The model as others read it, then the summary, which says that the run is whole
@@ -139,6 +145,8 @@ class _Stage:
     base_models: dict[str, dict[str, str]]
     begin: float
     stop: StopRequest
+    attempt: int
+    """How often the run has been begun or gone on with."""
 
     @property
     def run_dir(self) -> Path:
@@ -168,6 +176,9 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         task.load_trainable_state(start.trainable)
         optimizer.load_state_dict(start.optimizer)
         checkpoints.restore_random_state(start.state["random"])
+        where = checkpoints.checkpoint_folder(context.run_dir, stage.name, start.state["step"])
+        order = {stage.name: task.order.fingerprint}
+        checkpoints.require_same({stage.name: start.state["order"]}, order, "the order of the data", where)
         state = LoopState(**start.state["loop"])
     if done is not None:
         return  # the checkpoint is that of the stage's end
@@ -189,6 +200,8 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
             "config_sha256": hashlib.sha256(json.dumps(_deciding_keys(config), sort_keys=True).encode()).hexdigest(),
             "base_models": context.base_models,
             "data": context.data.fingerprints,
+            "sizes": context.data.sizes,
+            "order": task.order.fingerprint,
             "run": {
                 "seconds": seconds,
                 "feature_cache_seconds": run.feature_cache_seconds,
@@ -204,7 +217,6 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     settings = LoopSettings(
         stage=stage.name,
         max_steps=stage.max_steps,
-        accumulation_steps=stage.accumulation_steps,
         warmup_steps=optim.warmup_steps,
         schedule=optim.schedule,
         final_lr_share=optim.final_lr_share,
@@ -212,11 +224,24 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         evaluate_every=stage.evaluate_every,
         checkpoint_every=stage.checkpoint_every,
     )
+    options = config.data.loader
+    loader = Loader(
+        task.order,
+        task.make_batch,
+        batches_per_step=stage.accumulation_steps,
+        workers=options.workers,
+        prefetch=options.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+    def load(state: LoopState) -> Iterator[LoadedStep]:
+        return loader.steps(Position(state.epoch, state.window, state.batch))
+
     release_freed_memory()  # what the stage before has left
     keep_freed_memory()
     with ExitStack() as stack:
         callbacks = _callbacks(context, state, last, stack)
-        run_stage(task, optimizer, settings, state=state, callbacks=callbacks, save=save, stop=context.stop)
+        run_stage(task, optimizer, settings, load, state=state, callbacks=callbacks, save=save, stop=context.stop)
 
 
 class _Last:
@@ -248,6 +273,8 @@ def _callbacks(context: _Stage, state: LoopState, last: dict[str, float], stack:
             add(TensorBoardLog(folder, stage.log_every, state.step, state.seconds))
         else:
             Console(stderr=True).print("TensorBoard is not installed: no tensorboard/ is written; log.jsonl is")
+    if context.config.logging.samples:
+        add(samples.SampleLog(context.run_dir, stage.name, context.attempt, context.data.source_keys))
     add(TerminalProgress(stage.name, stage.max_steps, stage.log_every, elapsed_seconds=state.seconds))
     return [*callbacks, _Last(last)]
 
@@ -263,7 +290,10 @@ def _stage_summary(
         "skipped_steps": state.skipped,
         "seconds": state.seconds,
         "evaluation_seconds": state.evaluation_seconds,
-        "epochs": state.epoch + state.batch / task.num_batches(state.epoch),
+        "data_wait_seconds": state.data_wait_seconds,
+        "data_wait_share": state.data_wait_seconds / max(state.seconds, 1e-9),
+        "epochs": task.epochs(Position(state.epoch, state.window, state.batch)),
+        "mixture": task.mixture_report(state.epoch),
         "num_examples": len(task.examples),
         "left_out": task.left_out,
         "audio_seconds": state.audio_seconds,
@@ -295,8 +325,8 @@ def _summary(run: RunState, data: SpeechData, begin: float) -> dict[str, Any]:
         "num_clips": len(data.examples),
         "audio_seconds": data.seconds,
         "num_progress_clips": len(data.progress_examples),
-        "quarantined": {reason: len(files) for reason, files in data.report.quarantined.items()},
-        "quarantined_files": data.report.quarantined,
+        "quarantined": data.quarantine.counts(),
+        "quarantined_files": data.quarantine.reasons,
         "num_trainable_parameters": sum(parameter.numel() for parameter in data.trainable.values()),
         "stages": run.finished,
     }
@@ -340,7 +370,7 @@ def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
     count = sum(parameter.numel() for parameter in data.trainable.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     versions = sum(len(example.names) for example in data.examples)
-    quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in data.report.quarantined.items()]
+    quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in data.quarantine.reasons.items()]
     left_out = f", left out {', '.join(quarantined)}" if quarantined else ""
     text = (
         f"{len(data.examples)} clips ({data.seconds / 60:.0f} min of speech, {versions} versions with their speeds)"

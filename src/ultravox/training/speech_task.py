@@ -1,41 +1,28 @@
 """What the tasks on speech have in common: batches of examples, features, parameter groups, the trainable state."""
 
 import abc
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ultravox.audio.lengths import num_audio_tokens
+from ultravox.audio.effects import WaveformAugmenter, WaveformEffects
 from ultravox.config.schema import StageConfig
-from ultravox.data.loader import BatchOrder
+from ultravox.data.fingerprint import fingerprint
+from ultravox.data.loader import Position
+from ultravox.data.mixture import Mixture
+from ultravox.data.order import DataOrder, OrderSettings, PlannedBatch
 from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import word_error_rate
+from ultravox.training.batches import BatchMaker, SpeechBatch
+from ultravox.training.features import augment
 from ultravox.training.optim import ParameterGroup
-from ultravox.training.speech import Example, SpeechData, augment
-from ultravox.training.task import LossOutput, Position
+from ultravox.training.speech import Example, SpeechData
+from ultravox.training.task import LossOutput
 
 PARTS = {"projector": "multi_modal_projector.", "language_model": "language_model.", "audio_encoder": "audio_tower."}
-
-
-@dataclass(slots=True)
-class SpeechBatch:
-    """Examples at a speed each, and what the cache keeps of them."""
-
-    ids: list[str]
-    examples: list[Example]
-    versions: list[int]
-    values: Tensor
-    """[window, step, channel]."""
-    lengths: Tensor
-    """[window]."""
-    augment_seed: tuple[int | str, ...]
-
-    @property
-    def audio_seconds(self) -> float:
-        return sum(example.seconds[version] for example, version in zip(self.examples, self.versions, strict=True))
 
 
 class SpeechTask(abc.ABC):
@@ -43,65 +30,96 @@ class SpeechTask(abc.ABC):
 
     parts: tuple[str, ...]
     """Parts of the model that this objective trains, where they train at all."""
-    budget_counts_padding: bool = True
-    """Whether padding counts in `max_batch_tokens`; packed rows have none."""
+    plan_mode: PlanMode = "padded"
+    """How the plan fills `max_batch_tokens`."""
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.model, self.tokenizer, self.data, self.stage, self.seed = model, processor.tokenizer, data, stage, seed
-        self.features, self.stack_factor = data.features, model.config.stack_factor
+        self.features = data.features
         self.trainable = data.trainable
         self.extra: nn.Module | None = None
         """Parameters of the objective itself."""
         self.left_out: list[str] = []
         """The example of each version that this objective cannot use."""
-        chosen = [e for e in data.examples if stage.sources is None or e.source in stage.sources]
-        self.examples, lengths = self._select(chosen)
-        repeats = [example.repeat for example in self.examples]
-        self._order = BatchOrder(
-            lengths, repeats, stage.max_batch_tokens, seed, count_padding=self.budget_counts_padding
+        chosen = [e for e in data.examples if stage.sources is None or data.sources[e.source].name in stage.sources]
+        waveform = stage.augment.waveform
+        augmenter = WaveformAugmenter(WaveformEffects(**waveform.model_dump())) if waveform.active else None
+        self.maker = self._maker(chosen, from_cache=data.uses_cache(stage), augmenter=augmenter)
+        self.examples, audio_tokens, text_tokens = self._select(chosen)
+        self.maker.examples = self.examples
+        self.order = DataOrder(
+            audio_tokens,
+            text_tokens,
+            self._mixture(),
+            OrderSettings(max_batch_tokens=stage.max_batch_tokens, mode=self.plan_mode),
+            seed,
+            fingerprint([example.uid for example in self.examples]),
+        )
+
+    def _mixture(self) -> Mixture:
+        """How often the chosen examples of each source come."""
+        indices = sorted({example.source for example in self.examples})
+        sources = [self.data.sources[index] for index in indices]
+        sizes = [sum(example.source == index for example in self.examples) for index in indices]
+        weights = [source.weight for source in sources if source.weight is not None]
+        repeats = None if weights or self.data.temperature else [source.repeat or 1.0 for source in sources]
+        names = [source.name for source in sources]
+        return Mixture(
+            sizes, names=names, repeats=repeats, weights=weights or None, temperature=self.data.temperature, seed=self.seed
         )
 
     @abc.abstractmethod
-    def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
-        """The examples that can be trained on, and the tokens of each of their versions (0 = left out)."""
+    def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
+        """The examples that can be trained on, in their order, and their lengths.
+
+        Lengths: audio tokens [example, version] and text tokens [example, prompt]; 0 = that one is left out.
+        """
+
+    def loss(self, batch: SpeechBatch) -> LossOutput:
+        """See `Task`. DataError when too many recordings of the run could not be decoded."""
+        self.data.set_aside(batch.faults)
+        return self._loss(batch) if batch.ids else LossOutput(torch.zeros(()), 0, 0.0, 0)
 
     @abc.abstractmethod
-    def loss(self, batch: SpeechBatch) -> LossOutput:
-        """Forward pass."""
+    def _loss(self, batch: SpeechBatch) -> LossOutput:
+        """Forward pass of a batch that is not empty."""
 
     @abc.abstractmethod
     def transcribe(self, examples: list[Example]) -> list[str]:
         """What the model makes of each example's first version."""
 
-    def audio_tokens(self, example: Example, version: int) -> int:
-        """Language model positions of one version's audio."""
-        return sum(num_audio_tokens(frames, self.stack_factor) for frames in example.window_frames[version])
+    def make_batch(self, planned: PlannedBatch, position: Position) -> SpeechBatch:
+        """The batch at a place of the plan: a pure function of the two."""
+        batch = self.maker.planned(planned, position.epoch)
+        batch.augment_seed = (self.seed, self.stage.name, *position)
+        return batch
 
-    def num_batches(self, epoch: int) -> int:
-        """See `Task`."""
-        return self._order.num_batches(epoch)
+    def first_versions(self, examples: list[Example]) -> SpeechBatch:
+        """Examples at their first speed, with their first prompt, as they are."""
+        return self._maker(examples, from_cache=self.data.cached).first()
 
-    def batch(self, position: Position) -> SpeechBatch:
-        """See `Task`."""
-        items = self._order.batch(position.epoch, position.batch)
-        examples, versions = [self.examples[item.example] for item in items], [item.version for item in items]
-        return self.load(examples, versions, (self.seed, self.stage.name, position.epoch, position.batch))
-
-    def load(
-        self, examples: Sequence[Example], versions: Sequence[int], seed: tuple[int | str, ...] = ()
-    ) -> SpeechBatch:
-        """Examples at chosen versions."""
-        names = [example.names[version] for example, version in zip(examples, versions, strict=True)]
-        values, lengths = self.features.load(names)
-        return SpeechBatch([e.id for e in examples], list(examples), list(versions), values, lengths, seed)
+    def _maker(self, examples: list[Example], *, from_cache: bool, augmenter: WaveformAugmenter | None = None) -> BatchMaker:
+        return BatchMaker(
+            examples,
+            self.features,
+            self.model.config.stack_factor,
+            from_cache=from_cache,
+            max_audio_seconds=self.data.max_audio_seconds,
+            augmenter=augmenter,
+            seed=self.seed,
+        )
 
     def audio_embeddings(self, batch: SpeechBatch, *, augmented: bool) -> tuple[Tensor, Tensor]:
-        """Projected audio of a batch: [window, token, hidden] and lengths [window]."""
-        frames, lengths = self.features.frames(batch.values, batch.lengths)
+        """Projected audio of a batch that has some: [window, token, hidden] and lengths [window]."""
+        frames, lengths = self.features.frames(batch.values, batch.lengths, encoded=batch.encoded)
         if augmented:
             rate = self.model.audio_tower.frames_per_second
             frames = augment(frames, lengths, self.stage.augment, batch.augment_seed, rate)
         return self.model.project(frames, lengths)
+
+    def num_batches(self, epoch: int) -> int:
+        """In all windows of an epoch."""
+        return sum(self.order.num_batches(epoch, window) for window in range(self.order.num_windows(epoch)))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """What trains in this stage; a part with rate 0 stands still."""
@@ -121,7 +139,7 @@ class SpeechTask(abc.ABC):
     def train_mode(self) -> None:
         """Dropout where the base models have it; a frozen encoder stays as it is for inference."""
         self.model.train()
-        self.model.audio_tower.train(self.features.live)
+        self.model.audio_tower.train(self.features.trains)
 
     def evaluate(self) -> dict[str, float]:
         """Word error rate on the clips that were kept out of training."""
@@ -151,3 +169,11 @@ class SpeechTask(abc.ABC):
                 if tensor.shape != state[name].shape:
                     raise CheckpointError(f"{name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
                 tensor.copy_(state[name])
+
+
+def padded_rows(lengths: list[list[int]]) -> np.ndarray:
+    """Rows of different lengths as one array, int32 [row, most], filled up with zeros."""
+    padded = np.zeros((len(lengths), max(map(len, lengths), default=1)), dtype=np.int32)
+    for row, values in zip(padded, lengths, strict=True):
+        row[: len(values)] = values
+    return padded

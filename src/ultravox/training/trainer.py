@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from ultravox.errors import UltravoxError
 from ultravox.training.interrupt import StopRequest, TrainingInterrupted
 from ultravox.training.optim import Optimizer, lr_factor
-from ultravox.training.task import LossOutput, Position, Task
+from ultravox.training.task import LoadedBatch, LoadedStep, LossOutput, Task
 
 #: A loss so many times the usual one is a spike; the usual one is a running mean over about 1 / SMOOTHING steps.
 SPIKE_FACTOR = 3.0
@@ -24,7 +25,6 @@ class LoopSettings:
 
     stage: str
     max_steps: int
-    accumulation_steps: int = 1
     warmup_steps: int = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr_share: float = 0.0
@@ -56,11 +56,14 @@ class LoopState:
 
     step: int = 0
     epoch: int = 0
+    window: int = 0
     batch: int = 0
     skipped_in_row: int = 0
     skipped: int = 0
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    """How long steps have waited for their batches."""
     audio_seconds: float = 0.0
     num_tokens: int = 0
     usual_loss: float = 0.0
@@ -84,6 +87,9 @@ class StepRecord:
     num_tokens: int
     elapsed_seconds: float
     """In this stage, over all its resumptions."""
+    data_wait_seconds: float = 0.0
+    """In this step."""
+    batches: Sequence[LoadedBatch] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     skipped_ids: list[str] | None = None
     """The examples of a step that was not taken, because its loss or gradient was not finite."""
@@ -103,6 +109,7 @@ def run_stage(
     task: Task,
     optimizer: Optimizer,
     settings: LoopSettings,
+    load: Callable[[LoopState], Iterator[LoadedStep]],
     *,
     state: LoopState | None = None,
     callbacks: Sequence[Callback] = (),
@@ -115,6 +122,7 @@ def run_stage(
         task: the objective.
         optimizer: over the task's parameter groups.
         settings: of the stage.
+        load: the endless steps' batches, from a state's epoch, window and batch on.
         state: where to go on; None = at the beginning.
         callbacks: watchers.
         save: writes a checkpoint; called at `checkpoint_every`, at the end, and before stopping on a signal.
@@ -127,8 +135,29 @@ def run_stage(
     state = state or LoopState()
     begin = time.monotonic() - state.seconds
     task.train_mode()
+    with closing(load(state)) as steps:  # type: ignore[type-var]
+        _run(task, optimizer, settings, steps, state, begin, callbacks, save, stop)
+    return state
+
+
+def _run(
+    task: Task,
+    optimizer: Optimizer,
+    settings: LoopSettings,
+    steps: Iterator[LoadedStep],
+    state: LoopState,
+    begin: float,
+    callbacks: Sequence[Callback],
+    save: Callable[[LoopState], None],
+    stop: StopRequest | None,
+) -> None:
     while state.step < settings.max_steps:
-        record = _step(task, optimizer, settings, state)
+        waiting = time.monotonic()
+        loaded = next(steps)
+        wait = time.monotonic() - waiting
+        record = _step(task, optimizer, settings, state, loaded)
+        record.data_wait_seconds = wait
+        state.data_wait_seconds += wait
         state.seconds = record.elapsed_seconds = time.monotonic() - begin
         for callback in callbacks:
             callback.on_step(record)
@@ -147,18 +176,18 @@ def run_stage(
         if stop and not last:
             assert stop.signal_number is not None
             raise TrainingInterrupted(stop.signal_number)
-    return state
 
 
-def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopState) -> StepRecord:
+def _step(
+    task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopState, loaded: LoadedStep
+) -> StepRecord:
     """One optimizer step: gradients of the loss sums of all micro-batches, divided by their common count."""
     optimizer.zero_grad()
     loss_sum = count = audio_seconds = 0.0
     num_tokens = 0
     metrics: dict[str, float] = {}
     ids: list[str] = []
-    for _ in range(settings.accumulation_steps):
-        batch = task.batch(Position(state.epoch, state.batch))
+    for batch in (item.batch for item in loaded.batches):
         ids.extend(batch.ids)
         output: LossOutput = task.loss(batch)
         if math.isfinite(value := output.sum.item()) and output.sum.requires_grad:
@@ -169,9 +198,7 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
         num_tokens += output.num_tokens
         for name, number in output.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + number
-        state.batch += 1
-        if state.batch == task.num_batches(state.epoch):
-            state.epoch, state.batch = state.epoch + 1, 0
+    state.epoch, state.window, state.batch = loaded.after
     factor = settings.lr_factor(state.step)
     norm = math.nan
     if math.isfinite(loss_sum) and count > 0:
@@ -196,6 +223,7 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
         audio_seconds=audio_seconds,
         num_tokens=num_tokens,
         elapsed_seconds=0.0,
+        batches=loaded.batches,
         metrics={name: number / count for name, number in metrics.items()} if count else {},
         skipped_ids=None if taken else ids,
         spike_ids=ids if taken and is_spike else None,

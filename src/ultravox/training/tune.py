@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +13,8 @@ from ultravox.model.adapters import lora_layers, merged_lora
 from ultravox.model.fast_attention import Packing, takes_packed_rows
 from ultravox.objectives.cross_entropy import cross_entropy
 from ultravox.training.speech import Example, SpeechData
-from ultravox.training.speech_task import SpeechBatch, SpeechTask
+from ultravox.training.batches import SpeechBatch
+from ultravox.training.speech_task import SpeechTask, padded_rows
 from ultravox.training.task import LossOutput
 
 
@@ -24,33 +26,30 @@ class TuneTask(SpeechTask):
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.audio_token_id = int(model.config.audio_token_index)
         self._packs = takes_packed_rows(model.get_decoder())
-        self.budget_counts_padding = not self._packs
+        self.plan_mode = "packed" if self._packs else "padded"
         super().__init__(model, processor, data, stage, seed)
         self.pad_token_id = int(self.tokenizer.pad_token_id)
-        kind = stage.tune.loss_mask
-        self._masks = {id(e): loss_mask(e.input_ids, e.supervised, self.audio_token_id, kind) for e in self.examples}
 
-    def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
-        """All examples; their length is text and audio together."""
-        rows = [
-            [len(e.input_ids) - 1 + self.audio_tokens(e, version) for version in range(len(e.names))] for e in examples
-        ]
-        width = max(map(len, rows), default=0)
-        return examples, [row + [0] * (width - len(row)) for row in rows]
+    def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
+        """All examples. Each placeholder gives its place to the first position of its recording."""
+        audio = [[self.maker.planned_tokens(version) for version in e.versions] for e in examples]
+        text = [[len(ids) - len(e.recordings) for ids, _ in e.prompts] for e in examples]
+        return examples, padded_rows(audio), padded_rows(text)
 
-    def loss(self, batch: SpeechBatch) -> LossOutput:
+    def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum of the supervised tokens' cross-entropies, and their number."""
-        embeddings, token_lengths = self.audio_embeddings(batch, augmented=True)
-        counts = [[self.audio_tokens(e, v)] for e, v in zip(batch.examples, batch.versions, strict=True)]
+        embeddings = self.audio_embeddings(batch, augmented=True) if len(batch.lengths) else ()
+        kind = self.stage.tune.loss_mask
+        rows = zip(batch.input_ids, batch.supervised, strict=True)
         tokens = collate_tokens(
             batch.ids,
-            [example.input_ids for example in batch.examples],
-            [self._masks[id(example)] for example in batch.examples],
-            counts,
+            batch.input_ids,
+            [loss_mask(ids, supervised, self.audio_token_id, kind) for ids, supervised in rows],
+            batch.audio_tokens,
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
         )
-        inputs = self.model.embed(tokens.input_ids, embeddings, token_lengths)
+        inputs = self.model.embed(tokens.input_ids, *embeddings)
         hidden = self._hidden_states(inputs, tokens.mask)
         total, count = self._cross_entropy(hidden, tokens.labels)
         return LossOutput(total, count, batch.audio_seconds, tokens.num_tokens)
@@ -76,14 +75,15 @@ class TuneTask(SpeechTask):
 
     def transcribe(self, examples: list[Example]) -> list[str]:
         """Greedy decoding of the answers, all at once."""
-        batch = self.load(examples, [0] * len(examples))
+        batch = self.first_versions(examples)
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=False)
-        prompts = [e.input_ids[: int(e.supervised.argmax())] for e in examples]
+        rows = zip(batch.input_ids, batch.supervised, strict=True)
+        prompts = [ids[: int(supervised.argmax())] for ids, supervised in rows]
         tokens = collate_tokens(
             batch.ids,
             prompts,
             [prompt != self.audio_token_id for prompt in prompts],
-            [[self.audio_tokens(example, 0)] for example in examples],
+            batch.audio_tokens,
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
         )

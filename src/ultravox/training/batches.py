@@ -1,0 +1,139 @@
+"""From places in the plan to what a step computes on. Runs in the loader's thread or processes, and touches no weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ultravox.audio.effects import WaveformAugmenter, generator_for_sample
+from ultravox.audio.lengths import num_audio_tokens
+from ultravox.audio.waveform import change_speed, load_waveform
+from ultravox.data.collate import pad_frames
+from ultravox.data.order import PlannedBatch
+from ultravox.errors import AudioError
+from ultravox.training.features import Features
+from ultravox.training.speech import Example, Version
+
+
+@dataclass(slots=True)
+class SpeechBatch:
+    """Rows at a speed and with a prompt each, and what the encoder needs of their recordings, or gave of them."""
+
+    ids: list[str]
+    uids: list[str]
+    sources: list[int]
+    places: list[int]
+    """Places in the task's examples, or in those kept out of training."""
+    input_ids: list[np.ndarray]
+    """Conversations with one placeholder per recording, each [token]."""
+    supervised: list[np.ndarray]
+    """True on what the assistant says, each [token]."""
+    audio_tokens: list[list[int]]
+    """Language model positions of each recording of each row."""
+    values: Tensor
+    """[window, step, channel]; no window where no row has a recording."""
+    lengths: Tensor
+    """[window]."""
+    encoded: bool
+    """Whether `values` are frames of a frozen encoder."""
+    audio_seconds: float
+    faults: list[tuple[str, str]]
+    """Reason and name of the recordings that could not be decoded; their rows are not in the batch."""
+    epoch: int = 0
+    augment_seed: tuple[int | str, ...] = ()
+
+
+Choice = tuple[int, int, int]
+"""Place of an example, its version, its prompt."""
+
+
+class BatchMaker:
+    """Makes batches of some examples: from the cache, or from the recordings, augmented if wanted."""
+
+    def __init__(
+        self,
+        examples: list[Example],
+        features: Features,
+        stack_factor: int,
+        *,
+        from_cache: bool,
+        max_audio_seconds: float,
+        augmenter: WaveformAugmenter | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.examples, self.features, self.stack_factor = examples, features, stack_factor
+        self.from_cache, self.max_audio_seconds = from_cache, max_audio_seconds
+        self.augmenter, self.seed = augmenter, seed
+        self.encoded = from_cache and not features.trains
+        """Whether windows are the frames of a frozen encoder."""
+
+    def planned(self, batch: PlannedBatch, epoch: int) -> SpeechBatch:
+        """The batch of a plan. Its augmentation is a pure function of the seed, the epoch and each example."""
+        choices = list(zip(batch.rows.tolist(), batch.versions.tolist(), batch.prompts.tolist(), strict=True))
+        return self._make(choices, epoch, batch.copies.tolist())
+
+    def first(self) -> SpeechBatch:
+        """All examples at their first speed, with their first prompt."""
+        choices = [(place, 0, 0) for place in range(len(self.examples))]
+        return self._make(choices, 0, [0] * len(choices))
+
+    def audio_tokens(self, frames: Sequence[int]) -> int:
+        """Language model positions of a recording, from the encoder frames of its windows."""
+        return sum(num_audio_tokens(count, self.stack_factor) for count in frames)
+
+    def planned_tokens(self, version: Version) -> int:
+        """Positions that the plan counts for all recordings of a version: where the speed varies, the most there can be."""
+        if self.augmenter is None:
+            return sum(self.audio_tokens(frames) for frames in version.frames)
+        longest = self.augmenter.longest_seconds(version.seconds)
+        return self.audio_tokens(self.features.expected_frames(longest)) + max(0, len(version.frames) - 1)
+
+    def fewest_tokens(self, version: Version) -> int:
+        """The same where it varies the other way: the fewest there can be."""
+        if self.augmenter is None:
+            return self.planned_tokens(version)
+        return self.audio_tokens(self.features.expected_frames(self.augmenter.shortest_seconds(version.seconds)))
+
+    def _make(self, choices: list[Choice], epoch: int, copies: list[int]) -> SpeechBatch:
+        windows: list[np.ndarray] = []
+        made = SpeechBatch([], [], [], [], [], [], [], torch.zeros(0), torch.zeros(0), self.encoded, 0.0, [], epoch)
+        for (place, version_number, prompt), copy in zip(choices, copies, strict=True):
+            example = self.examples[place]
+            version = example.versions[version_number]
+            try:
+                recordings = self._recordings(example, version, epoch, copy)
+            except AudioError as error:
+                made.faults.append((error.reason, example.id))
+                continue
+            made.ids.append(example.id)
+            made.uids.append(example.uid)
+            made.sources.append(example.source)
+            made.places.append(place)
+            made.input_ids.append(example.prompts[prompt][0])
+            made.supervised.append(example.prompts[prompt][1])
+            made.audio_tokens.append([self.audio_tokens(self._frames(recording)) for recording in recordings])
+            made.audio_seconds += version.seconds
+            windows += [window for recording in recordings for window in recording]
+        if windows:
+            made.values, made.lengths = pad_frames(windows)
+        return made
+
+    def _recordings(self, example: Example, version: Version, epoch: int, copy: int) -> list[list[np.ndarray]]:
+        """The windows of each recording."""
+        if self.from_cache:
+            return [self.features.cached_windows([name]) for name in version.names]
+        found = []
+        for number, audio in enumerate(example.recordings):
+            waveform = change_speed(load_waveform(audio, max_seconds=self.max_audio_seconds), version.speed)
+            if self.augmenter is not None:
+                name = f"{example.uid}/{number}"
+                waveform = self.augmenter(waveform, generator_for_sample(self.seed, epoch, name, copy))
+            found.append(self.features.heard(waveform))
+        return found
+
+    def _frames(self, recording: list[np.ndarray]) -> list[int]:
+        """Encoder frames of each window."""
+        steps = [len(window) for window in recording]
+        return steps if self.encoded else self.features.encoder.frame_lengths(torch.tensor(steps)).tolist()
