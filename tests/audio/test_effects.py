@@ -171,9 +171,8 @@ def test_nothing_clips(speech):
     np.testing.assert_allclose(augmenter.apply(loud, drawn), loud, atol=1e-6)
     quiet = dataclasses.replace(drawn, gain_db=-20.0)
     np.testing.assert_allclose(augmenter.apply(loud, quiet), loud / 10, atol=1e-6)
-    for codec in CODECS:  # which could only clip what goes beyond full scale
-        coded = augmenter.apply(loud, dataclasses.replace(drawn, codec=codec))
-        np.testing.assert_allclose(coded, augmenter.apply(loud, dataclasses.replace(drawn, codec=codec, gain_db=0.0)))
+    coded = augmenter.apply(loud, dataclasses.replace(drawn, codec="mulaw"))  # which would clip 20 dB
+    np.testing.assert_allclose(coded, mulaw(loud), atol=0.05)
     everything = WaveformAugmenter(EVERYTHING)
     peaks = [np.abs(everything(loud, generator_for_sample(0, number, ""))).max() for number in range(16)]
     assert max(peaks) <= 1
