@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ultravox.audio.effects import WaveformAugmenter, generator_for_sample
-from ultravox.audio.lengths import num_audio_tokens
+from ultravox.audio.effects import WaveformAugmenter, generator_for_sample, length_bounds
+from ultravox.audio.lengths import SAMPLE_RATE, num_audio_tokens
 from ultravox.audio.waveform import change_speed, load_waveform
 from ultravox.data.collate import pad_frames
 from ultravox.data.order import PlannedBatch
@@ -87,14 +87,15 @@ class BatchMaker:
         """Positions that the plan counts for all recordings of a version: where the speed varies, the most there can be."""
         if self.augmenter is None:
             return sum(self.audio_tokens(frames) for frames in version.frames)
-        longest = self.augmenter.longest_seconds(version.seconds)
+        _, longest = length_bounds(round(version.seconds * SAMPLE_RATE), self.augmenter.settings.speed)
         return self.audio_tokens(self.features.expected_frames(longest)) + max(0, len(version.frames) - 1)
 
     def fewest_tokens(self, version: Version) -> int:
         """The same where it varies the other way: the fewest there can be."""
         if self.augmenter is None:
             return self.planned_tokens(version)
-        return self.audio_tokens(self.features.expected_frames(self.augmenter.shortest_seconds(version.seconds)))
+        shortest, _ = length_bounds(round(version.seconds * SAMPLE_RATE), self.augmenter.settings.speed)
+        return self.audio_tokens(self.features.expected_frames(shortest))
 
     def _make(self, choices: list[Choice], epoch: int, copies: list[int]) -> SpeechBatch:
         windows: list[np.ndarray] = []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ultravox.audio.augment import augment_frames, generator_for
 from ultravox.audio.features import NormalizedWaveform, windows
-from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE, window_lengths
+from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, window_lengths
 from ultravox.config.data import AugmentConfig
 from ultravox.data.cache import CacheKey, FeatureCache
 from ultravox.data.collate import WindowSlots, pad_frames
@@ -63,10 +63,10 @@ class Features:
         steps = self.slots.lengths(self.cache.num_frames(name))
         return self.encoder.frame_lengths(torch.tensor(steps)).tolist() if self.trains else steps
 
-    def expected_frames(self, seconds: float) -> list[int]:
+    def expected_frames(self, num_samples: int) -> list[int]:
         """Encoder frames of each window of a recording of this length."""
-        samples = max(1, round(seconds * SAMPLE_RATE))
-        return [self.encoder.output_length(count) for count in window_lengths(samples, self.encoder.min_samples)]
+        windows = window_lengths(max(1, num_samples), self.encoder.min_samples)
+        return [self.encoder.output_length(count) for count in windows]
 
     def cached_windows(self, names: Sequence[str]) -> list[np.ndarray]:
         """What the cache keeps of recordings: all their windows, each [step, channel]."""

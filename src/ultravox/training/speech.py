@@ -3,22 +3,24 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ultravox.audio.content import NO_AUDIO, Audio
+from ultravox.audio.content import Audio
+from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.config.data import SourceConfig
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.cache import FeatureRequest
-from ultravox.data.examples import tokenise
+from ultravox.data.examples import TokenisedExample, tokenise
 from ultravox.data.fingerprint import fingerprint, uid
 from ultravox.data.manifest import Clip
-from ultravox.data.prompts import PromptTemplate
 from ultravox.data.quarantine import Quarantine
 from ultravox.data.sources import Filters, SourceSpec, load_source
+from ultravox.data.templates import PromptTemplate, UnusableRow
 from ultravox.errors import DataError
 from ultravox.metrics.normalize import normalize_english, spoken_form
 from ultravox.training.features import Features
@@ -51,7 +53,7 @@ class Example:
     """Index in data.sources."""
     text: str
     recordings: list[Audio]
-    prompts: list[tuple[np.ndarray, np.ndarray]]
+    prompts: list[TokenisedExample]
     """For each prompt: the conversation with one placeholder per recording, and True on what the assistant says."""
     transcript: np.ndarray
     """Tokens of the text alone, [token]."""
@@ -108,50 +110,52 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     quarantine = Quarantine()
     rows: list[Sourced] = []
     parts: dict[str, list[str]] = {}
+    templates: list[PromptTemplate] = []
     num_rows = 0
     for index, source in enumerate(data.sources):
         loaded = load_source(_spec(source))
+        templates.append(PromptTemplate(source.task, source.prompts, source.response))
+        templates[-1].require_columns(loaded.clips, f"source {source.name}")
         num_rows += loaded.num_rows
         quarantine.update(loaded.left_out)
-        parts[_key(source)] = [loaded.fingerprint]
+        parts[source_key(source)] = [loaded.fingerprint]
         rows += [(index, clip) for clip in loaded.clips]
     progress, training = _keep_out(data.sources, rows, config.evaluation.num_progress_clips)
 
+    # Text before audio: what is wrong with it is found out before hours of encoding
+    found: dict[int, Example] = {}
+    for index, clip in [*training, *progress]:
+        key = source_key(data.sources[index])
+        try:
+            found[id(clip)] = _tokenised(index, clip, templates[index], processor, config, parts[key][0])
+            parts[key] += _tokens(found[id(clip)])
+        except UnusableRow as error:
+            quarantine.add(error.reason, clip.id)
+    quarantine.require(data.max_quarantine_share, num_rows)
+
     features = Features(model, data.feature_dtype)
     cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
-    versions = [(i, clip, speed) for i, clip in training for speed in data.sources[i].speeds or data.speeds]
-    versions += [(index, clip, 1.0) for index, clip in progress]
-    requests = [FeatureRequest(audio, seconds, speed) for _, clip, speed in versions for audio, seconds in heard(clip)]
+    wanted = [(i, clip, speed) for i, clip in training for speed in data.sources[i].speeds or data.speeds]
+    wanted = [choice for choice in [*wanted, *((i, clip, 1.0) for i, clip in progress)] if id(choice[1]) in found]
+    heard = [templates[index].recordings(clip) for index, clip, _ in wanted]
+    requests = [FeatureRequest(a, s, wish[2]) for wish, many in zip(wanted, heard, strict=True) for a, s in many]
     names, cache_seconds = _names(config, features, requests, quarantine, cached)
-
-    templates = [PromptTemplate(source.task, source.prompts, source.response) for source in data.sources]
-    found: dict[int, Example] = {}
-    remaining = iter(names)
-    for index, clip, speed in versions:
-        mine = [(audio, seconds, next(remaining)) for audio, seconds in heard(clip)]
-        key = _key(data.sources[index])
-        parts[key] += [name or "" for _, _, name in mine]
-        if any(name is None for _, _, name in mine):
-            continue
-        if id(clip) not in found:
-            example = _tokenised(index, clip, templates[index], processor, config, parts[key][0])
-            if isinstance(example, str):
-                quarantine.add(example, clip.id)
-                continue
-            found[id(clip)] = example
-            parts[key] += _tokens(example)
-        frames = [features.cached_frames(n) if n else features.expected_frames(s / speed) for _, s, n in mine]
-        seconds = sum(seconds for _, seconds, _ in mine) / speed
-        found[id(clip)].versions.append(Version(speed, seconds, frames, [name for _, _, name in mine if name]))
     quarantine.require(data.max_quarantine_share, num_rows)
-    examples = [found[id(clip)] for _, clip in training if id(clip) in found]
+
+    remaining = iter(names)
+    for (index, clip, speed), recordings in zip(wanted, heard, strict=True):
+        mine = list(islice(remaining, len(recordings)))
+        parts[source_key(data.sources[index])] += [name or "" for name in mine]
+        if None not in mine:
+            found[id(clip)].versions.append(_version(features, speed, [s for _, s in recordings], mine))
+    examples = [found[id(clip)] for _, clip in training if id(clip) in found and found[id(clip)].versions]
     if not examples:
         raise DataError("no clip is left to train on: check data.sources and the length limits")
     return SpeechData(
         data.sources,
         data.temperature,
         examples,
-        [found[id(clip)] for _, clip in progress if id(clip) in found],
+        [found[id(clip)] for _, clip in progress if id(clip) in found and found[id(clip)].versions],
         features,
         cached,
         cache_seconds,
@@ -160,10 +164,19 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         data.max_audio_seconds,
         num_rows,
         {key: fingerprint(strings) for key, strings in parts.items()},
-        {_key(source): sum(e.source == i for e in examples) for i, source in enumerate(data.sources)},
-        sum(seconds for _, clip in training if id(clip) in found for _, seconds in heard(clip)),
+        {source_key(source): sum(e.source == i for e in examples) for i, source in enumerate(data.sources)},
+        sum(example.versions[0].seconds * example.versions[0].speed for example in examples),
         {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
     )
+
+
+def _version(features: Features, speed: float, seconds: list[float], names: list[str]) -> Version:
+    """A row at one speed, from its recordings' seconds and their entries in the cache ("" without one)."""
+    if any(names):
+        frames = [features.cached_frames(name) for name in names]
+    else:
+        frames = [features.expected_frames(round(duration / speed * SAMPLE_RATE)) for duration in seconds]
+    return Version(speed, sum(seconds) / speed, frames, [name for name in names if name])
 
 
 def _names(
@@ -193,18 +206,14 @@ def _names(
     return names, 0.0
 
 
-def heard(clip: Clip) -> list[tuple[Audio, float]]:
-    """The recordings of a row, in the order in which its conversation hears them, and their seconds."""
-    return [] if clip.audio is NO_AUDIO else [(clip.audio, clip.duration), *clip.more_audio]
-
-
 def _spec(source: SourceConfig) -> SourceSpec:
     filters = Filters(**source.filters.model_dump())
     names = ("name", "format", "split", "subset", "revision", "streaming", "columns", "max_clips", "max_hours")
-    return SourceSpec(**{name: getattr(source, name) for name in names}, filters=filters)
+    options = {name: getattr(source, name) for name in names}
+    return SourceSpec(**options, filters=filters, needs_audio=source.task != "text")
 
 
-def _key(source: SourceConfig) -> str:
+def source_key(source: SourceConfig) -> str:
     """What a source is called among the fingerprints; no two of a run are called the same."""
     subset = f"/{source.subset}" if source.subset else ""
     return f"{source.name}{subset}/{source.split}/{source.task}"
@@ -220,9 +229,7 @@ Sourced = tuple[int, Clip]
 """Index of a source, and one of its rows."""
 
 
-def _keep_out(
-    sources: Sequence[SourceConfig], rows: list[Sourced], count: int
-) -> tuple[list[Sourced], list[Sourced]]:
+def _keep_out(sources: Sequence[SourceConfig], rows: list[Sourced], count: int) -> tuple[list[Sourced], list[Sourced]]:
     """A fixed few clips of the first transcribed source for "WER so far", chosen by hash; and all without their texts.
 
     They come from the training split, at most a tenth of it: the held-out split stays unseen. Clips of a few words are
@@ -240,23 +247,19 @@ def _keep_out(
 
 def _tokenised(
     index: int, clip: Clip, template: PromptTemplate, processor: Any, config: RunConfig, source_fingerprint: str
-) -> Example | str:
-    """The example of a row, or the reason why there can be none."""
-    source, style = config.data.sources[index], config.data.transcript_style
-    needs_text = source.task in ("transcription", "translation", "answer", "continuation")
-    if needs_text and not normalize_english(clip.text):
-        return "without text"
-    if (clip.audio is NO_AUDIO) != (source.task == "text"):
-        return "without audio" if clip.audio is NO_AUDIO else "with audio, but its task is text"
+) -> Example:
+    """The example of a row. UnusableRow when there can be none."""
+    style, tokenizer = config.data.transcript_style, processor.tokenizer
+    is_text = bool(normalize_english(clip.text))
+    if not is_text and "text" in template.columns_needed:
+        raise UnusableRow("without text", clip.id)
     text = spoken_form(clip.text) if style == "spoken" else clip.text
-    tokenizer = processor.tokenizer
-    prompts = []
-    for prompt in range(template.num_prompts):
-        found = tokenise(replace(clip, text=text), template, prompt, tokenizer, processor.audio_token_index)
-        if isinstance(found, str):
-            return found
-        prompts.append(found)
+    styled = replace(clip, text=text)
+    prompts = [
+        tokenise(styled, template, prompt, tokenizer, processor.audio_token_index)
+        for prompt in range(template.num_prompts)
+    ]
     # With a space in front, a word is the same token at the beginning as in the middle: CTC has fewer to tell apart.
-    transcript = np.asarray(tokenizer.encode(f" {text}", add_special_tokens=False), dtype=np.int64)
-    recordings = [audio for audio, _ in heard(clip)]
+    transcript = np.asarray(tokenizer.encode(f" {text}", add_special_tokens=False) if is_text else [], dtype=np.int64)
+    recordings = [audio for audio, _ in template.recordings(clip)]
     return Example(clip.id, uid(source_fingerprint, clip.id), index, clip.text, recordings, prompts, transcript)

@@ -1,6 +1,7 @@
 """What the tasks on speech have in common: batches of examples, features, parameter groups, the trainable state."""
 
 import abc
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ultravox.audio.effects import WaveformAugmenter, WaveformEffects
+from ultravox.audio.effects import EffectSettings, WaveformAugmenter
 from ultravox.config.schema import StageConfig
 from ultravox.data.fingerprint import fingerprint
 from ultravox.data.loader import Position
@@ -19,7 +20,7 @@ from ultravox.metrics.error_rate import word_error_rate
 from ultravox.training.batches import BatchMaker, SpeechBatch
 from ultravox.training.features import augment
 from ultravox.training.optim import ParameterGroup
-from ultravox.training.speech import Example, SpeechData
+from ultravox.training.speech import Example, SpeechData, source_key
 from ultravox.training.task import LossOutput
 
 PARTS = {"projector": "multi_modal_projector.", "language_model": "language_model.", "audio_encoder": "audio_tower."}
@@ -43,7 +44,7 @@ class SpeechTask(abc.ABC):
         """The example of each version that this objective cannot use."""
         chosen = [e for e in data.examples if stage.sources is None or data.sources[e.source].name in stage.sources]
         waveform = stage.augment.waveform
-        augmenter = WaveformAugmenter(WaveformEffects(**waveform.model_dump())) if waveform.active else None
+        augmenter = WaveformAugmenter(EffectSettings(**waveform.model_dump())) if waveform.active else None
         self.maker = self._maker(chosen, from_cache=data.uses_cache(stage), augmenter=augmenter)
         self.examples, audio_tokens, text_tokens = self._select(chosen)
         self.maker.examples = self.examples
@@ -58,15 +59,16 @@ class SpeechTask(abc.ABC):
 
     def _mixture(self) -> Mixture:
         """How often the chosen examples of each source come."""
-        indices = sorted({example.source for example in self.examples})
-        sources = [self.data.sources[index] for index in indices]
-        sizes = [sum(example.source == index for example in self.examples) for index in indices]
-        weights = [source.weight for source in sources if source.weight is not None]
-        repeats = None if weights or self.data.temperature else [source.repeat or 1.0 for source in sources]
-        names = [source.name for source in sources]
-        return Mixture(
-            sizes, names=names, repeats=repeats, weights=weights or None, temperature=self.data.temperature, seed=self.seed
-        )
+        counts = Counter(example.source for example in self.examples)
+        sources = {source_key(self.data.sources[index]): index for index in sorted(counts)}
+        sizes = {key: counts[index] for key, index in sources.items()}
+        configs = {key: self.data.sources[index] for key, index in sources.items()}
+        if (temperature := self.data.temperature) is not None:
+            return Mixture(sizes, temperature=temperature, seed=self.seed)
+        if weights := {key: source.weight for key, source in configs.items() if source.weight is not None}:
+            return Mixture(sizes, weights=weights, seed=self.seed)
+        repeats = {key: 1.0 if source.repeat is None else source.repeat for key, source in configs.items()}
+        return Mixture(sizes, repeats=repeats, seed=self.seed)
 
     @abc.abstractmethod
     def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
@@ -98,7 +100,9 @@ class SpeechTask(abc.ABC):
         """Examples at their first speed, with their first prompt, as they are."""
         return self._maker(examples, from_cache=self.data.cached).first()
 
-    def _maker(self, examples: list[Example], *, from_cache: bool, augmenter: WaveformAugmenter | None = None) -> BatchMaker:
+    def _maker(
+        self, examples: list[Example], *, from_cache: bool, augmenter: WaveformAugmenter | None = None
+    ) -> BatchMaker:
         return BatchMaker(
             examples,
             self.features,

@@ -178,9 +178,7 @@ def _run(
             raise TrainingInterrupted(stop.signal_number)
 
 
-def _step(
-    task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopState, loaded: LoadedStep
-) -> StepRecord:
+def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopState, loaded: LoadedStep) -> StepRecord:
     """One optimizer step: gradients of the loss sums of all micro-batches, divided by their common count."""
     optimizer.zero_grad()
     loss_sum = count = audio_seconds = 0.0
