@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from ultravox.errors import DataError
 
 #: Reasons for leaving a row out that the configuration asks for. They are counted, and are no fault of the row.
-ASKED_FOR = ("too short", "too long", "too slow", "too fast", "other language", "beyond the cap")
+ASKED_FOR = ("too short", "too long", "too slow", "too fast", "other language")
 
 
 class Quarantine:
