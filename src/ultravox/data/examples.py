@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from ultravox.data.manifest import Clip
 from ultravox.data.prompts import Message, Stretch, encode_all, encode_stretches, stretches
-from ultravox.data.templates import INJECTED, MISCOUNTED, PromptTemplate, UnusableRow
+from ultravox.data.templates import INJECTED, PromptTemplate, UnusableRow, miscounted
 from ultravox.tokens import AUDIO_TOKEN
 
 #: Rows whose texts are tokenised in one go: enough to keep every core busy, little memory.
@@ -40,8 +40,7 @@ def tokenise(
     input_ids = np.asarray(ids, dtype=np.int64)
     heard, placeholders = len(template.recordings(clip)), int((input_ids == audio_token_id).sum())
     if placeholders != heard:  # a tokenizer in which the placeholder is not one token
-        detail = f"{heard} audio clips, {placeholders} {AUDIO_TOKEN} placeholders"
-        raise UnusableRow(MISCOUNTED, clip.id, detail)
+        raise miscounted(clip, heard, placeholders)
     return TokenisedExample(input_ids, np.asarray(supervised, dtype=bool))
 
 
@@ -84,7 +83,7 @@ def token_counts(
         if len(fixed) > 1:  # phrasings of one text differ by as much in every row: only the first was tokenised in each
             prompts = [_stretches(clips[rows[0]], template, prompt, tokenizer)[0][0] for prompt in fixed]
             more = np.array([len(ids) for ids in encode_all(tokenizer, prompts)])
-            counts[np.ix_(rows, fixed)] = counts[rows][:, fixed[:1]] + (more - more[0])
+            counts[rows[:, None], fixed] = counts[rows][:, fixed[:1]] + (more - more[0])
         counts[rows] -= number
     return counts
 

@@ -4,13 +4,12 @@ The templates come from a configuration file and the values from a dataset: neit
 a value may not smuggle in a recording's placeholder.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
-from jinja2.sandbox import SandboxedEnvironment, SecurityError
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from ultravox.audio.content import NO_AUDIO, Audio
 from ultravox.data.manifest import Clip
@@ -22,7 +21,6 @@ from ultravox.tokens import AUDIO_TOKEN
 FIELDS = ("id", "text", "duration", "speaker", "licence", "answer", "language", "messages")
 #: Reasons that rows are left out for.
 INJECTED = "with a special token in its text"
-MISCOUNTED = "with other placeholders than recordings"
 UNFIT = "with values that do not fit its template"
 ROLES = ("system", "user", "assistant")
 
@@ -48,6 +46,12 @@ class UnusableRow(DataError):
     def at(self, row: int) -> "UnusableRow":
         """The same, with the row's number."""
         return UnusableRow(self.reason, self.row_id, self.detail, row)
+
+
+def miscounted(clip: Clip, num_clips: int, num_placeholders: int) -> UnusableRow:
+    """The error of a row that has other placeholders than recordings."""
+    detail = f"{num_clips} audio clips, {num_placeholders} {AUDIO_TOKEN} placeholders"
+    return UnusableRow("with other placeholders than recordings", clip.id, detail)
 
 
 def columns_of(clip: Clip) -> dict[str, Any]:
@@ -84,6 +88,8 @@ class PromptTemplate:
         own = not isinstance(prompts, str) or response is not None
         if own and not self.task.prompts:
             raise DataError(f"the task {task!r} takes each row's own messages: leave out prompts and response")
+        if not prompts:
+            raise DataError(f"the task {task!r} is given no prompts: expected 'first', 'all' or a list of at least one")
         if isinstance(prompts, str):
             prompts = self.task.prompts[: 1 if prompts == "first" else None]
         self.takes_messages = self.task.dialogue and not own
@@ -152,9 +158,7 @@ class PromptTemplate:
             messages = [user_message(user, num_clips), {"role": "assistant", "content": answer}]
         placeholders = sum(message["content"].count(AUDIO_TOKEN) for message in messages)
         if placeholders != num_clips:
-            raise UnusableRow(
-                MISCOUNTED, clip.id, f"{num_clips} audio clips, {placeholders} {AUDIO_TOKEN} placeholders"
-            )
+            raise miscounted(clip, num_clips, placeholders)
         return messages
 
     def recordings(self, clip: Clip) -> tuple[tuple[Audio, float], ...]:
@@ -168,9 +172,9 @@ def _own_messages(clip: Clip) -> list[Message]:
     """A row's own dialogue, checked: known roles, words in each of the assistant's turns, and the last one its."""
     messages: list[Message] = []
     for turn, message in enumerate(clip.messages or (), start=1):
-        role, content = message.get("role"), message.get("content")
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
         if role not in ROLES or not isinstance(content, str):
-            detail = f"turn {turn} is no role ({', '.join(ROLES)}) and a text as its content"
+            detail = f"a turn {turn} without a role ({', '.join(ROLES)}) or without a text as its content"
             raise UnusableRow("with messages of another form", clip.id, detail)
         if role == "assistant" and not content.strip():
             raise UnusableRow("without answer", clip.id)
@@ -190,7 +194,7 @@ class _Absent(StrictUndefined):
 
     __slots__ = ()
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> bool:  # type: ignore[override]
         return False
 
 
@@ -202,8 +206,8 @@ def truth(value: Any) -> bool:
     return found
 
 
-def _environment() -> SandboxedEnvironment:
-    environment = SandboxedEnvironment(undefined=_Absent, autoescape=False)
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(undefined=_Absent, autoescape=False)
     environment.globals.clear()  # every name is a column
     del environment.filters["random"]  # one row, one text
     environment.filters["truth"] = truth
@@ -213,26 +217,20 @@ def _environment() -> SandboxedEnvironment:
 _ENVIRONMENT = _environment()
 
 
-@dataclass(init=False, slots=True)
 class _Compiled:
-    """A template, and the columns that it names."""
-
-    source: str
-    needs: frozenset[str]
-    fixed: str | None
-    """The text, where it is the same for every row."""
-    _names: frozenset[str]
-    _template: Template
+    """A template, the columns that it `needs`, and its text where that is `fixed`: the same for every row."""
 
     def __init__(self, source: str, task: Task) -> None:
         self.source = source
+        self.fixed: str | None = None
         try:
             tree = _ENVIRONMENT.parse(source)
             if hidden := next(_hidden(tree), None):
                 raise DataError(f"the template {source!r} may not use {hidden}: expected columns, filters, conditions")
             self._names = frozenset(meta.find_undeclared_variables(tree))
             self._template = _ENVIRONMENT.from_string(source)
-            self.fixed = None if self._names else self._template.render().strip()
+            if not self._names:
+                self.fixed = self._template.render().strip()
         except TemplateSyntaxError as error:
             raise DataError(f"the template {source!r} cannot be read: {error.message}") from error
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -249,12 +247,11 @@ class _Compiled:
         except SecurityError as error:
             raise DataError(f"the template {self.source!r} is refused: {error}") from error
         except UndefinedError as error:
-            missing = sorted(self._names - values.keys())
-            if missing:
-                raise UnusableRow(f"without {missing[0]}", clip.id) from error
-            raise UnusableRow(
-                UNFIT, clip.id, f"the template {self.source!r} finds no value ({error.message})"
-            ) from error
+            for name in self._names - values.keys():
+                if error.message == f"{name!r} is undefined":
+                    raise UnusableRow(f"without {name}", clip.id) from error
+            detail = f"the template {self.source!r} finds no value ({error.message})"
+            raise UnusableRow(UNFIT, clip.id, detail) from error
         except Exception as error:  # whatever an expression does with a value that it was not made for
             raise UnusableRow(UNFIT, clip.id, f"the template {self.source!r} fails ({error})") from error
         if text.count(AUDIO_TOKEN) > self.source.count(AUDIO_TOKEN):
