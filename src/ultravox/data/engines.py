@@ -4,12 +4,13 @@ Tasks are taken from their iterator as they are needed, a few more than there ar
 with the corpus.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -21,9 +22,10 @@ RAY_STORE_BYTES = 100 << 20  # tasks and reports only: the audio goes from file 
 
 Work = ShardTask | ShardReport
 """A shard to build, or the report of one that is there already."""
+Reports = Generator[ShardReport, None, None]
 
 
-def run_local(tasks: Iterable[Work], workers: int) -> Iterator[ShardReport]:
+def run_local(tasks: Iterable[Work], workers: int) -> Reports:
     """Build shards in this process, or in several when `workers` is above 1.
 
     Errors: DataError when a worker is killed; a shard that it was building is not there, or is there whole.
@@ -46,7 +48,7 @@ def run_local(tasks: Iterable[Work], workers: int) -> Iterator[ShardReport]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run_ray(tasks: Iterable[Work], workers: int) -> Iterator[ShardReport]:
+def run_ray(tasks: Iterable[Work], workers: int) -> Reports:
     """Build shards by Ray: on the cluster that ``RAY_ADDRESS`` names, whose machines must share the file system with
     this one, or on this machine with so many workers.
 
@@ -59,8 +61,8 @@ def run_ray(tasks: Iterable[Work], workers: int) -> Iterator[ShardReport]:
         raise DataError("--engine ray needs Ray, which is not installed: pip install 'ultravox[ray]'") from error
     ours = not ray.is_initialized()
     if ours:
-        here = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": RAY_STORE_BYTES}
-        ray.init(log_to_driver=False, logging_level="ERROR", **({} if os.environ.get("RAY_ADDRESS") else here))
+        here: dict[str, Any] = {"num_cpus": workers, "object_store_memory": RAY_STORE_BYTES, "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if os.environ.get("RAY_ADDRESS") else here))
     try:
         remote = ray.remote(num_cpus=1)(build_shard)
         yield from _in_order(tasks, workers, remote.remote, ray.get)
@@ -71,21 +73,25 @@ def run_ray(tasks: Iterable[Work], workers: int) -> Iterator[ShardReport]:
             ray.shutdown()
 
 
-ENGINES: dict[str, Callable[[Iterable[Work], int], Iterator[ShardReport]]] = {"local": run_local, "ray": run_ray}
+ENGINES: dict[str, Callable[[Iterable[Work], int], Reports]] = {"local": run_local, "ray": run_ray}
 
 
 def _in_order(
     tasks: Iterable[Work], workers: int, submit: Callable[[ShardTask], Any], result: Callable[[Any], ShardReport]
-) -> Iterator[ShardReport]:
+) -> Reports:
     """Reports in the tasks' order, with as many tasks under way as keep the workers busy."""
     pending: deque[Any] = deque()
+
+    def first() -> ShardReport:
+        done = pending.popleft()
+        return done if isinstance(done, ShardReport) else result(done)
+
     for task in tasks:
         pending.append(submit(task) if isinstance(task, ShardTask) else task)
-        while len(pending) > 2 * workers or isinstance(pending[0] if pending else None, ShardReport):
-            first = pending.popleft()
-            yield first if isinstance(first, ShardReport) else result(first)
-    for first in pending:
-        yield first if isinstance(first, ShardReport) else result(first)
+        if len(pending) > 2 * workers:
+            yield first()
+    while pending:
+        yield first()
 
 
 def _end_with_parent() -> None:

@@ -15,14 +15,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ultravox.data.engines import ENGINES
-from ultravox.data.prepared import FORMAT_VERSION, is_prepared, read_prepared
+from ultravox.data.prepared import FORMAT_VERSION, is_prepared, read_prepared, verify
 from ultravox.data.publish import QUARANTINE_FILE, describe, publish, write_quarantine
 from ultravox.data.quarantine import Quarantine
 from ultravox.data.shard import LeftOut, ShardReport, ShardTask, made_with
@@ -66,7 +66,7 @@ def prepare_dataset(
         count_tokens: runs in this process.
         engine, workers: who does the work ("local", "ray"). They change nothing in the result.
         max_quarantine_share: more faulty rows than this share stop the run.
-        overwrite: replace an older prepared dataset of that name.
+        overwrite: replace a prepared dataset of that name, whatever it holds.
         quarantine: what the sources themselves set aside while their clips are read.
         on_progress: called with the rows done and in all.
 
@@ -79,20 +79,20 @@ def prepare_dataset(
     with _work_folder(output) as partial:
         plans = [plan_split(name, clips, options) for name, clips in splits.items()]
         about = _about(plans, options, sources)
-        if is_prepared(output):
-            if (info := read_prepared(output)).get("input") == about["input"]:
-                return Prepared(info, 0)
-            if not overwrite:
+        if is_prepared(output) and not overwrite:
+            if (info := read_prepared(output)).get("input") != about["input"]:
                 raise DataError(f"{output} holds another prepared dataset: choose another folder, or give --overwrite")
+            verify(output)
+            return Prepared(info, 0)
         progress = _Progress(partial, plans, quarantine, max_quarantine_share, on_progress)
         context = json.dumps([FORMAT_VERSION, about["made_with"], about["sources"]])
         tasks = (task for plan in plans for task in make_tasks(plan, partial, options, context, count_tokens))
-        built = ENGINES[engine](progress.watch(tasks), workers)
         reports: dict[str, list[ShardReport]] = {}
-        for plan in plans:
-            reports[plan.name] = [progress.add(report) for report in islice(built, plan.num_shards)]
-            if not any(report.num_rows for report in reports[plan.name]):
-                progress.fail(f"no row of split {plan.name!r} can be used")
+        with closing(ENGINES[engine](progress.watch(tasks), workers)) as built:
+            for plan in plans:
+                reports[plan.name] = [progress.add(report) for report in islice(built, plan.num_shards)]
+                if not any(report.num_rows for report in reports[plan.name]):
+                    progress.fail(f"no row of split {plan.name!r} can be used")
         info = describe(partial, reports, progress.left_out, about)
         publish(partial, output, info)
     return Prepared(info, progress.num_built)

@@ -73,9 +73,9 @@ class ParquetAudio:
             cell = table.column(0)[self.row]
             content = (cell if self.place == 0 else cell[self.place - 1])["bytes"].as_py()
         except (OSError, pa.ArrowException, IndexError, TypeError) as error:
-            raise AudioError(f"{self} cannot be read ({error}): run `ultravox data prepare` again") from error
+            raise AudioError(f"{self} cannot be read ({error}): run `ultravox data prepare --overwrite`") from error
         if content is None:
-            raise AudioError(f"{self} holds no audio: run `ultravox data prepare` again")
+            raise AudioError(f"{self} holds no audio: run `ultravox data prepare --overwrite`")
         return bytes(content)
 
     def __str__(self) -> str:
@@ -123,15 +123,15 @@ def read_prepared(folder: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): expected a folder made by data prepare") from error
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): run `ultravox data prepare` again") from error
+        raise DataError(f"{path} is not JSON ({error}): run `ultravox data prepare --overwrite`") from error
     version = info.get("version") if isinstance(info, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
             f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}: "
-            "run `ultravox data prepare` again, or use the release that made it"
+            "run `ultravox data prepare --overwrite`, or use the release that made it"
         )
     if not isinstance(info.get("splits"), dict):
-        raise DataError(f"{path} names no splits: run `ultravox data prepare` again")
+        raise DataError(f"{path} names no splits: run `ultravox data prepare --overwrite`")
     return info
 
 
@@ -161,7 +161,7 @@ def iter_prepared(folder: str | Path, split: str) -> Iterator[Clip]:
                     for row in batch.to_pylist():
                         yield _clip(row, path, *next(places))
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path} cannot be read ({error}): run `ultravox data prepare` again") from error
+            raise DataError(f"{path} cannot be read ({error}): run `ultravox data prepare --overwrite`") from error
 
 
 def read_index(folder: str | Path, split: str) -> PreparedIndex:
@@ -171,7 +171,7 @@ def read_index(folder: str | Path, split: str) -> PreparedIndex:
         table = pq.read_table(path, memory_map=True)
         columns = {name: table.column(name).to_numpy() for name in PreparedIndex.__dataclass_fields__}
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read ({error}): run `ultravox data prepare` again") from error
+        raise DataError(f"{path} cannot be read ({error}): run `ultravox data prepare --overwrite`") from error
     return PreparedIndex(**columns)
 
 
@@ -180,11 +180,11 @@ def verify(folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     info = read_prepared(folder)
     if info.get("fingerprint") != fingerprint_of(info):
-        raise DataError(f"{folder / PREPARED_FILE} was changed after it was written: run `ultravox data prepare` again")
+        raise DataError(f"{folder / PREPARED_FILE} was changed after it was written: run `ultravox data prepare --overwrite`")
     for entry in _files(info):
         path = folder / entry["file"]
         if not path.is_file():
-            raise DataError(f"{path} is missing: run `ultravox data prepare` again, or copy the folder again")
+            raise DataError(f"{path} is missing: run `ultravox data prepare --overwrite`, or copy the folder again")
         if sha256_file(path) != entry["sha256"]:
             raise DataError(
                 f"{path} is damaged (its SHA-256 differs from the one in {PREPARED_FILE}): copy it again, or run "

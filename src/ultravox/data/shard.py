@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -100,7 +100,7 @@ class ShardTask:
     """Of what goes in; a finished shard of the same digest is kept."""
     split: str
     clips: list[Clip]
-    num_tokens: list[int] | None
+    num_tokens: Sequence[int | None] | None
     left_out: list[LeftOut]
     """Rows that are known to be left out before any audio is read."""
     options: RowOptions
@@ -122,6 +122,7 @@ class ShardReport:
 def build_shard(task: ShardTask) -> ShardReport:
     """Decode, check and store a task's clips, and write the report beside. The file is whole or absent."""
     left_out, licences, num_rows, num_samples = list(task.left_out), Counter[str](), 0, 0
+    num_tokens = task.num_tokens or [None] * len(task.clips)
     temporary = task.path.with_name(f".{task.path.name}.{os.getpid()}")
     with explain_full_disk(task.path):
         try:
@@ -131,7 +132,7 @@ def build_shard(task: ShardTask) -> ShardReport:
                 ) as writer:
                     group = _RowGroup(writer)
                     for index, clip in enumerate(task.clips):
-                        row = make_row(clip, task.options, task.num_tokens and task.num_tokens[index])
+                        row = make_row(clip, task.options, num_tokens[index])
                         if isinstance(row, tuple):
                             left_out.append(LeftOut(row[0], task.split, clip.id, str(clip.audio), row[1]))
                             continue
@@ -195,20 +196,19 @@ class _RowGroup:
 
 def make_row(clip: Clip, options: RowOptions, num_tokens: int | None) -> dict[str, Any] | tuple[str, str]:
     """The row of a clip in the shard's columns, or reason and detail of leaving it out."""
-    if not clip.text.strip() and not (clip.answer or "").strip() and clip.messages is None:
-        return "no text", "its text is blank, and it has neither an answer nor messages"
-    cells: list[tuple[dict[str, Any], int]] = []
+    cells: list[tuple[dict[str, Any], int]] = []  # each recording and its samples
     recordings = [] if clip.audio is NO_AUDIO else [clip.audio, *(audio for audio, _ in clip.more_audio)]
-    for place, audio in enumerate(recordings):
+    for place, recording in enumerate(recordings):
         try:
-            found = store(audio, options)
+            found = store(recording, options)
         except AudioError as error:
-            return audio_fault(error, audio), str(error)
+            return audio_fault(error, recording), str(error)
         if isinstance(found, tuple):
             return found
         name = clip.id if place == 0 else f"{clip.id}.{place + 1}"
         cells.append(({"bytes": found.content, "path": name + found.suffix}, found.num_samples))
-    (audio, num_samples), *more = cells or [(None, 0)]
+    audio, num_samples = cells[0] if cells else (None, 0)
+    more = cells[1:]
     return {
         "id": clip.id,
         "audio": audio,

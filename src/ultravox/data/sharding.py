@@ -136,9 +136,10 @@ def make_tasks(
             yield task()
             shard, clips, left_out = shard + 1, [], []
         position += size
-        if number in plan.repeated:
-            detail = f"row {number} of the split, counted from 0, has the id of row {plan.repeated[number]}"
-            left_out.append(LeftOut("duplicate id", plan.name, clip.id, str(clip.audio), detail))
+        if (fault := text_fault(clip)) or number in plan.repeated:
+            before = plan.repeated.get(number)
+            reason, detail = fault or ("duplicate id", f"row {number} of the split, from 0, has the id of row {before}")
+            left_out.append(LeftOut(reason, plan.name, clip.id, str(clip.audio), detail))
         else:
             clips.append(clip)
     if digest.hexdigest() != plan.fingerprint:
@@ -146,6 +147,18 @@ def make_tasks(
     while shard < plan.num_shards:
         yield task()
         shard, clips, left_out = shard + 1, [], []
+
+
+def text_fault(clip: Clip) -> tuple[str, str] | None:
+    """Reason and detail when a row's words cannot be used: there are none, or half of a character."""
+    if not clip.text.strip() and not (clip.answer or "").strip() and clip.messages is None:
+        return "no text", "its text is blank, and it has neither an answer nor messages"
+    try:
+        named = [clip.id, clip.text, clip.speaker, clip.licence, clip.answer, clip.language, dict(clip.columns)]
+        json.dumps([named, [dict(turn) for turn in clip.messages or ()]], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        return "not Unicode", f"it holds {error.object[error.start : error.end]!r}, half of a character"
+    return None
 
 
 def row_bytes(clip: Clip, options: RowOptions) -> int:
