@@ -1,12 +1,13 @@
 """Rows that cannot be used: set aside, counted by reason, and too many of them stop the run.
 
-Whoever reads rows (a source, the feature cache, ``data prepare``) adds what it sets aside; whoever called it decides how
-much is too much.
+Whoever reads rows (a source, the feature cache, ``data prepare``) adds what it sets aside; whoever called it decides
+how much is too much.
 """
 
 from collections.abc import Iterable, Mapping
 
-from ultravox.errors import DataError
+from ultravox.audio.content import Audio
+from ultravox.errors import AudioError, DataError
 
 #: Reasons for leaving a row out that the configuration asks for. They are counted, and are no fault of the row.
 ASKED_FOR = ("too short", "too long", "too slow", "too fast", "other language")
@@ -55,3 +56,19 @@ class Quarantine:
                 f"{len(bad)} of {total} clips cannot be used ({reasons}), more than {option} = {max_share:g} allows; "
                 f"the first is {next(iter(bad))}: repair or remove them, or raise the share"
             )
+
+
+def audio_fault(error: AudioError, audio: Audio) -> str:
+    """The kind of fault of a recording in a few words, to count by."""
+    message = str(error).replace(str(audio), "")
+    kinds = {
+        "does not exist": "missing",
+        "cannot be read": "missing",
+        "is not there": "missing",
+        "no audio samples": "without samples",
+        "not numbers": "with NaN or infinite samples",
+        "truncated": "damaged or truncated",
+        "0 bytes": "empty",
+        " s or more: at most": "too long",
+    }
+    return next((kind for phrase, kind in kinds.items() if phrase in message), "not readable as audio")
