@@ -41,6 +41,7 @@ TASKS: dict[str, type[SpeechTask]] = {"align": AlignTask, "tune": TuneTask}
 
 #: Keys that a resumed run may change, since they do not touch its numbers.
 FREE_KEYS = ("run_dir", "logging", "evaluation")
+FREE_DATA_KEYS = ("max_cache_gb",)
 FREE_STAGE_KEYS = ("log_every", "evaluate_every", "checkpoint_every")
 
 
@@ -330,6 +331,8 @@ def _deciding_keys(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     progress_clips = content["evaluation"]["num_progress_clips"]
     content = {key: value for key, value in content.items() if key not in FREE_KEYS}
+    for key in FREE_DATA_KEYS:
+        content["data"].pop(key)
     for stage in content["stages"]:
         for key in FREE_STAGE_KEYS:
             stage.pop(key)

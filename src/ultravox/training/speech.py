@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ultravox.audio.augment import augment_frames, generator_for
 from ultravox.audio.features import NormalizedWaveform, windows
-from ultravox.audio.lengths import MAX_WINDOW_SAMPLES
+from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE
 from ultravox.config.data import AugmentConfig, SourceConfig
 from ultravox.config.schema import RunConfig
-from ultravox.data.cache import CacheKey, CacheReport, FeatureCache, FeatureRequest
+from ultravox.data.cache import CacheKey, CacheReport, FeatureCache, FeatureRequest, SizeCap
 from ultravox.data.collate import WindowSlots, pad_frames
 from ultravox.data.loader import fingerprint
 from ultravox.data.manifest import Clip
@@ -55,9 +55,9 @@ class Example:
 
 
 class Features:
-    """Encoder frames of examples, from the cache or from the encoder itself."""
+    """Encoder frames of examples, from the cache or from the encoder itself. `name` is the encoder's, for people."""
 
-    def __init__(self, model: Any, dtype: str) -> None:
+    def __init__(self, model: Any, dtype: str, name: str = "") -> None:
         self.model, self.encoder = model, model.audio_tower
         self.live = any(parameter.requires_grad for parameter in self.encoder.parameters())
         extractor = self.encoder.feature_extractor
@@ -69,8 +69,9 @@ class Features:
             key = CacheKey("features only", preprocessing, channels, "float32")
         else:
             key = CacheKey(module_hash(self.encoder), preprocessing, self.encoder.hidden_size, dtype)
-        self.cache = FeatureCache(key)
+        self.cache = FeatureCache(key, "none, it trains" if self.live else name)
         steps = extractor.length if self.live else self.encoder.output_length
+        self.steps_per_second = steps(SAMPLE_RATE)
         longest = MAX_WINDOW_SAMPLES + self.encoder.min_samples - 1
         self.slots = WindowSlots(full=steps(MAX_WINDOW_SAMPLES), slot=steps(longest))
 
@@ -155,12 +156,21 @@ class SpeechData:
     """What trains in any stage of the run."""
 
 
-def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
-    """Load clips, keep a few out, cache features, tokenise.
+@dataclass(slots=True)
+class Choice:
+    """The clips of a run."""
 
-    Raises:
-        DataError: too many clips that cannot be used, or none left.
-    """
+    training: list["Sourced"]
+    progress: list["Sourced"]
+    versions: list[tuple[SourceConfig, Clip, float]]
+    """Each of them at each speed."""
+    num_clips: int
+    parts: dict[str, list[str]]
+    """Source → what its fingerprint is made of."""
+
+
+def choose_clips(config: RunConfig) -> Choice:
+    """Load clips and keep a few out."""
     data = config.data
     clips: list[Sourced] = []
     parts: dict[str, list[str]] = {}
@@ -169,21 +179,44 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         parts[_key(source)] = [part for clip in mine for part in (clip.id, clip.text, clip.answer or "")]
         clips += [(source, clip) for clip in mine]
     progress, training = _keep_out(clips, config.evaluation.num_progress_clips)
-
     versions = [(source, clip, speed) for source, clip in training for speed in source.speeds or data.speeds]
     versions += [(source, clip, 1.0) for source, clip in progress]
-    requests = [FeatureRequest(clip.audio, clip.duration, speed) for _, clip, speed in versions]
-    features = Features(model, data.feature_dtype)
-    limits = {"min_seconds": data.min_audio_seconds, "max_seconds": data.max_audio_seconds}
+    return Choice(training, progress, versions, len(clips), parts)
+
+
+def cache_features(config: RunConfig, model: Any, choice: Choice) -> tuple[Features, CacheReport]:
+    """Compute the features of all versions that are not cached yet."""
+    data = config.data
+    requests = [FeatureRequest(clip.audio, clip.duration, speed) for _, clip, speed in choice.versions]
+    features = Features(model, data.feature_dtype, config.model.audio_encoder)
     title = "computing log-mel features" if features.live else "encoding speech once"
     with bar(title) as on_progress:
-        report = features.cache.build(requests, features.encode, **limits, on_progress=on_progress)
+        report = features.cache.build(
+            requests,
+            features.encode,
+            min_seconds=data.min_audio_seconds,
+            max_seconds=data.max_audio_seconds,
+            cap=SizeCap(round(data.max_cache_gb * 1e9), features.steps_per_second) if data.max_cache_gb else None,
+            on_progress=on_progress,
+        )
+    return features, report
 
+
+def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
+    """Load clips, keep a few out, cache features, tokenise.
+
+    Raises:
+        DataError: too many clips that cannot be used, or none left.
+    """
+    data = config.data
+    choice = choose_clips(config)
+    features, report = cache_features(config, model, choice)
+    parts, training, progress = choice.parts, choice.training, choice.progress
     found: dict[int, Example] = {}
-    for (source, clip, speed), name in zip(versions, report.names, strict=True):
+    for (source, clip, speed), name in zip(choice.versions, report.names, strict=True):
         parts[_key(source)].append(name or "")
         if reason := _unusable(source, clip):
-            report.quarantine(reason, clip.audio)
+            report.quarantine.add(reason, str(clip.audio))
         elif name is not None:
             if id(clip) not in found:
                 found[id(clip)] = _tokenise(source, clip, processor, data.transcript_style)
@@ -192,7 +225,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
             example.names.append(name)
             example.window_frames.append(features.window_frames(name))
             example.seconds.append(clip.duration / speed)
-    report.require(data.max_quarantine_share, len(clips))
+    report.require(data.max_quarantine_share, choice.num_clips)
     examples = [found[id(clip)] for _, clip in training if id(clip) in found]
     if not examples:
         raise DataError("no clip is left to train on: check data.sources and the length limits")
