@@ -62,6 +62,7 @@ def audio_fault(error: AudioError, audio: Audio) -> str:
     """The kind of fault of a recording in a few words, to count by."""
     message = str(error).replace(str(audio), "")
     kinds = {
+        "is too short": "too short",
         "does not exist": "missing",
         "cannot be read": "missing",
         "is not there": "missing",

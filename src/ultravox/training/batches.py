@@ -12,6 +12,7 @@ from ultravox.audio.lengths import SAMPLE_RATE, num_audio_tokens
 from ultravox.audio.waveform import change_speed, load_waveform
 from ultravox.data.collate import pad_frames
 from ultravox.data.order import PlannedBatch
+from ultravox.data.quarantine import audio_fault
 from ultravox.errors import AudioError
 from ultravox.training.features import Features
 from ultravox.training.speech import Example, Version
@@ -106,7 +107,7 @@ class BatchMaker:
             try:
                 recordings = self._recordings(example, version, epoch, copy)
             except AudioError as error:
-                made.faults.append((error.reason, example.id))
+                made.faults.append((audio_fault(error, example.recordings[0]), example.id))
                 continue
             made.ids.append(example.id)
             made.uids.append(example.uid)

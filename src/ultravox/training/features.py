@@ -16,16 +16,16 @@ from torch import Tensor
 
 from ultravox.audio.augment import augment_frames, generator_for
 from ultravox.audio.features import NormalizedWaveform, windows
-from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, window_lengths
+from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE, window_lengths
 from ultravox.config.data import AugmentConfig
 from ultravox.data.cache import CacheKey, FeatureCache
 from ultravox.data.collate import WindowSlots, pad_frames
 
 
 class Features:
-    """Encoder frames of examples, from the cache or from the encoder itself."""
+    """Encoder frames of examples, from the cache or from the encoder itself. `name` is the encoder's, for people."""
 
-    def __init__(self, model: Any, dtype: str, max_cache_bytes: int | None = None) -> None:
+    def __init__(self, model: Any, dtype: str, name: str = "") -> None:
         self.model, self.encoder = model, model.audio_tower
         self.trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         extractor = self.encoder.feature_extractor
@@ -37,8 +37,9 @@ class Features:
             key = CacheKey("features only", preprocessing, channels, "float32")
         else:
             key = CacheKey(module_hash(self.encoder), preprocessing, self.encoder.hidden_size, dtype)
-        self.cache = FeatureCache(key)
+        self.cache = FeatureCache(key, "none, it trains" if self.trains else name)
         steps = extractor.length if self.trains else self.encoder.output_length
+        self.steps_per_second = steps(SAMPLE_RATE)
         longest = MAX_WINDOW_SAMPLES + self.encoder.min_samples - 1
         self.slots = WindowSlots(full=steps(MAX_WINDOW_SAMPLES), slot=steps(longest))
 

@@ -44,6 +44,7 @@ TASKS: dict[str, type[SpeechTask]] = {"align": AlignTask, "tune": TuneTask}
 
 #: Keys that a resumed run may change, since they do not touch its numbers.
 FREE_KEYS = ("run_dir", "logging", "evaluation")
+FREE_DATA_KEYS = ("max_cache_gb", "loader")
 FREE_STAGE_KEYS = ("log_every", "evaluate_every", "checkpoint_every")
 
 
@@ -102,13 +103,13 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 
         # 3. The data: clips, tokens, features of the frozen encoder
         data = prepare_speech(config, model, processor)
-        run = RunState(feature_cache_seconds=data.cache_seconds)
+        run = RunState(feature_cache_seconds=data.cache_report.seconds)
         if start is not None:
             for source, before in start.state["sizes"].items():
                 require_not_shrunk(source, before, data.sizes.get(source, 0))
             checkpoints.require_same(start.state["data"], data.fingerprints, "the training data", found[-1])
             run = RunState(**start.state["run"])
-            run.feature_cache_seconds += data.cache_seconds
+            run.feature_cache_seconds += data.cache_report.seconds
         _announce(config, model, data)
 
         # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
@@ -360,6 +361,8 @@ def _deciding_keys(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     progress_clips = content["evaluation"]["num_progress_clips"]
     content = {key: value for key, value in content.items() if key not in FREE_KEYS}
+    for key in FREE_DATA_KEYS:
+        content["data"].pop(key)
     for stage in content["stages"]:
         for key in FREE_STAGE_KEYS:
             stage.pop(key)

@@ -14,7 +14,7 @@ from ultravox.audio.content import Audio
 from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.config.data import SourceConfig
 from ultravox.config.schema import RunConfig, StageConfig
-from ultravox.data.cache import FeatureRequest
+from ultravox.data.cache import CacheReport, FeatureRequest, SizeCap
 from ultravox.data.examples import TokenisedExample, tokenise
 from ultravox.data.fingerprint import fingerprint, uid
 from ultravox.data.manifest import Clip
@@ -72,8 +72,8 @@ class SpeechData:
     features: Features
     cached: bool
     """Whether the features of all examples are in the cache."""
-    cache_seconds: float
-    """It took to make what was missing in the cache."""
+    cache_report: CacheReport
+    """What had to be encoded."""
     quarantine: Quarantine
     max_quarantine_share: float
     max_audio_seconds: float
@@ -133,16 +133,17 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
             quarantine.add(error.reason, clip.id)
     quarantine.require(data.max_quarantine_share, num_rows)
 
-    features = Features(model, data.feature_dtype)
+    features = Features(model, data.feature_dtype, config.model.audio_encoder)
     cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
     wanted = [(i, clip, speed) for i, clip in training for speed in data.sources[i].speeds or data.speeds]
     wanted = [choice for choice in [*wanted, *((i, clip, 1.0) for i, clip in progress)] if id(choice[1]) in found]
     heard = [templates[index].recordings(clip) for index, clip, _ in wanted]
     requests = [FeatureRequest(a, s, wish[2]) for wish, many in zip(wanted, heard, strict=True) for a, s in many]
-    names, cache_seconds = _names(config, features, requests, quarantine, cached)
+    report = _cache(config, features, requests) if cached else _check(config, requests)
+    quarantine.update(report.quarantined)
     quarantine.require(data.max_quarantine_share, num_rows)
 
-    remaining = iter(names)
+    remaining = iter(report.names)
     for (index, clip, speed), recordings in zip(wanted, heard, strict=True):
         mine = list(islice(remaining, len(recordings)))
         parts[source_key(data.sources[index])] += [name or "" for name in mine]
@@ -158,7 +159,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         [found[id(clip)] for _, clip in progress if id(clip) in found and found[id(clip)].versions],
         features,
         cached,
-        cache_seconds,
+        report,
         quarantine,
         data.max_quarantine_share,
         data.max_audio_seconds,
@@ -179,31 +180,32 @@ def _version(features: Features, speed: float, seconds: list[float], names: list
     return Version(speed, sum(seconds) / speed, frames, [name for name in names if name])
 
 
-def _names(
-    config: RunConfig, features: Features, requests: list[FeatureRequest], quarantine: Quarantine, cached: bool
-) -> tuple[list[str | None], float]:
-    """The cache's entry of each request (None = cannot be used), and the seconds that it took to make them.
+def _cache(config: RunConfig, features: Features, requests: list[FeatureRequest]) -> CacheReport:
+    """Compute the features that are not cached yet."""
+    data = config.data
+    with bar("computing log-mel features" if features.trains else "encoding speech once") as on_progress:
+        return features.cache.build(
+            requests,
+            features.encode,
+            min_seconds=data.min_audio_seconds,
+            max_seconds=data.max_audio_seconds,
+            cap=SizeCap(round(data.max_cache_gb * 1e9), features.steps_per_second) if data.max_cache_gb else None,
+            on_progress=on_progress,
+        )
 
-    Without a cache an entry is called "", and a recording's length is believed until the loader has decoded it.
-    """
+
+def _check(config: RunConfig, requests: list[FeatureRequest]) -> CacheReport:
+    """Without a cache: an entry is called "", and a recording's length is believed until the loader decodes it."""
     low, high = config.data.min_audio_seconds, config.data.max_audio_seconds
-    if cached:
-        title = "computing log-mel features" if features.trains else "encoding speech once"
-        with bar(title) as on_progress:
-            report = features.cache.build(
-                requests, features.encode, min_seconds=low, max_seconds=high, on_progress=on_progress
-            )
-        quarantine.update(report.quarantined)
-        return report.names, report.seconds
-    names: list[str | None] = []
-    for request in requests:
+    report = CacheReport(names=[""] * len(requests))
+    for index, request in enumerate(requests):
         reason = "too short" if request.seconds < low else "too long" if request.seconds > high else None
         if reason is None and isinstance(request.audio, Path) and not request.audio.is_file():
             reason = "missing"
         if reason:
-            quarantine.add(reason, str(request.audio))
-        names.append(None if reason else "")
-    return names, 0.0
+            report.quarantine.add(reason, str(request.audio))
+            report.names[index] = None
+    return report
 
 
 def _spec(source: SourceConfig) -> SourceSpec:
