@@ -136,7 +136,9 @@ def _row(clip: Clip, folder: Path) -> dict[str, Any]:
         "speaker": clip.speaker,
         "licence": clip.licence,
     }
-    return row if clip.answer is None else {**row, "answer": clip.answer}
+    answer = {} if clip.answer is None else {"answer": clip.answer}
+    language = {"language": clip.language} if clip.language else {}
+    return {**clip.columns, **row, **answer, **language}
 
 
 def read_rows(path: Path) -> list[Clip]:
