@@ -136,9 +136,11 @@ def _row(clip: Clip, folder: Path) -> dict[str, Any]:
         "speaker": clip.speaker,
         "licence": clip.licence,
     }
-    answer = {} if clip.answer is None else {"answer": clip.answer}
-    language = {"language": clip.language} if clip.language else {}
-    return {**clip.columns, **row, **answer, **language}
+    if clip.answer is not None:
+        row["answer"] = clip.answer
+    if clip.language:
+        row["language"] = clip.language
+    return row | {key: value for key, value in clip.columns.items() if key not in row}
 
 
 def read_rows(path: Path) -> list[Clip]:

@@ -1,8 +1,8 @@
 """Readings to audio files: the engine behind every synthetic dataset, the bundled ones too.
 
 A voice's reading may depend on what it read before (Piper's does), so readings are dealt to shards, and each shard has
-voices and a seed of its own. A shard gives the same bytes wherever and whenever it is spoken; with a journal, a finished
-one is not spoken again.
+voices and a seed of its own. A shard gives the same bytes wherever and whenever it is spoken; one that a journal holds
+is not spoken again.
 """
 
 import io

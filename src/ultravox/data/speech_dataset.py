@@ -264,10 +264,7 @@ def _write(
     answerer: Answerer | None,
 ) -> None:
     splits: dict[str, list[Clip]] = {"train": []}
-    quarantine = [
-        {"id": one.text.id, "text": one.text.text, "text_source": one.text.source, "reason": one.reason}
-        for one in left_out
-    ]
+    quarantine = [{"text": one.text.text, "text_source": one.text.source, "reason": one.reason} for one in left_out]
     for number, (row, (one, seed)) in enumerate(zip(rows, spoken, strict=True)):
         clip = _clip(row, _audio(folder, number), one.seconds, seed)
         if one.fault:
