@@ -131,6 +131,8 @@ def make_speech_dataset(
         return info
     journal = Journal(folder / JOURNAL, settings)
     try:
+        for half_written in folder.rglob(".*"):  # what a kill left of atomic writes
+            half_written.unlink()
         texts, left_out = select_texts(source.texts(journal), recipe.num_texts, allowed, recipe.max_characters)
         texts = [_completed(text, recipe) for text in texts]
         texts, unanswered = _answered(texts, answerer, journal, recipe)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HELP = (
     "Make a dataset of texts that synthetic voices speak. The texts come from a file, from templates or from a "
-    "language model; each row says where its text and its voice come from. Killed in the middle, the same command goes on."
+    "language model; each row says where text and voice come from. Killed in the middle, the same command goes on."
 )
 DEFAULT_VOICE = "piper-joe"
 NOT_STATED = "not stated"
@@ -67,8 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="chat template of --answers and --writer; take that of the run to come (default: %(default)s)",
     )
     group = parser.add_argument_group("dataset")
-    group.add_argument("--licence", default=NOT_STATED, help="of texts that state none (default: %(default)s)")
-    group.add_argument("--language", default="", help="of texts that state none, such as en")
+    group.add_argument(
+        "--licence", metavar="TEXT", default=NOT_STATED, help="of texts that state none (default: %(default)s)"
+    )
+    group.add_argument("--language", metavar="CODE", default="", help="of texts that state none, such as en")
     group.add_argument("--hold-out", action="store_true", help='put one text in five into a split "heldout"')
     group.add_argument("--seed", metavar="N", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     group.add_argument("--workers", metavar="N", type=int, help="readings made at once (default: processor cores)")
@@ -84,8 +86,10 @@ def _add_texts(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--writer-url", metavar="URL", help="or a server with OpenAI's interface, as http://HOST/v1")
     group.add_argument("--writer-model", metavar="NAME", help="its model")
     group.add_argument("--writer-key-env", metavar="VARIABLE", default="", help="environment variable with its API key")
-    group.add_argument("--topic", default="", help="what the written texts are about")
-    group.add_argument("--instructions", default="", help='in place of "Write one short sentence that somebody …"')
+    group.add_argument("--topic", metavar="TEXT", default="", help="what the written texts are about")
+    group.add_argument(
+        "--instructions", metavar="TEXT", default="", help='in place of "Write one short sentence that somebody …"'
+    )
     group.add_argument("--num-texts", metavar="N", type=int, help="how many (default: all; a writer needs a number)")
     group.add_argument(
         "--max-characters", metavar="N", type=int, default=400, help="longer texts are left out (default: %(default)s)"
@@ -100,14 +104,16 @@ def _add_texts(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_voices(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--voice", action="append", help=f"see below; may be given again (default: {DEFAULT_VOICE})")
+    group.add_argument(
+        "--voice", action="append", metavar="VOICE", help=f"see below; may be given again (default: {DEFAULT_VOICE})"
+    )
     group.add_argument(
         "--speed", metavar="X", type=float, action="append", help="1.1 = faster; may be given again (default: 1)"
     )
     group.add_argument(
         "--readings", metavar="N", type=int, help="of each text, drawn among voices × speeds (default: all of them)"
     )
-    group.add_argument("--voice-licence", default=NOT_STATED, help="of a voice that is not bundled")
+    group.add_argument("--voice-licence", metavar="TEXT", default=NOT_STATED, help="of a voice that is not bundled")
     group.add_argument("--speech-url", metavar="URL", help="server of openai: voices, as http://HOST/v1")
     group.add_argument("--speech-model", metavar="NAME", help="its model")
     group.add_argument("--speech-key-env", metavar="VARIABLE", default="", help="environment variable with its API key")

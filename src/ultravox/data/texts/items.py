@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ultravox.data.journal import Journal
-from ultravox.data.manifest import read_content, read_lines, row_of
+from ultravox.data.manifest import read_lines, row_of
 from ultravox.data.splits import HeldoutFilter
 from ultravox.errors import DataError
+from ultravox.files import sha256_file
 
 STRINGS = ("id", "text", "answer", "language", "licence")
 # what a row says about its speech; a text's own columns of these names are kept under SOURCE_PREFIX + name
@@ -63,12 +64,15 @@ class FileTexts:
 
     def settings(self) -> dict[str, Any]:
         """See ``TextSource``. The file is known by its content."""
-        return {"file": self.path.name, "sha256": hashlib.sha256(read_content(self.path)).hexdigest()}
+        if self.path.suffix not in (".txt", ".jsonl"):
+            raise DataError(f"{self.path}: expected texts in a .txt or a .jsonl file")
+        try:
+            return {"file": self.path.name, "sha256": sha256_file(self.path)}
+        except OSError as error:
+            raise DataError(f"cannot read the texts {self.path}: {error.strerror}") from error
 
     def texts(self, journal: Journal) -> Iterator[SpokenText]:
         """See ``TextSource``. DataError names file and line."""
-        if self.path.suffix not in (".txt", ".jsonl"):
-            raise DataError(f"{self.path}: expected texts in a .txt or a .jsonl file")
         for place, line in read_lines(self.path):
             source = f"{self.path.name}:{place.rpartition(' ')[2]}"
             if self.path.suffix == ".txt":
