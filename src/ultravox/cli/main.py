@@ -38,6 +38,7 @@ ACTIONS = {
         "fetch": "fetch or make bundled datasets",
         "inspect": "what a dataset holds, and which rows to look at",
         "prepare": "check a dataset and pack it into Parquet shards to train from",
+        "synthesize": "make a dataset of texts that synthetic voices speak",
     },
 }
 

@@ -118,7 +118,8 @@ def _row(clip: Clip, folder: Path) -> dict[str, Any]:
         "licence": clip.licence,
     }
     optional = {"language": clip.language or None, "answer": clip.answer}
-    return row | {key: value for key, value in optional.items() if value is not None}
+    row |= {key: value for key, value in optional.items() if value is not None}
+    return row | {key: value for key, value in clip.columns.items() if key not in row}
 
 
 def read_rows(
