@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,8 @@ class SpeechTask(abc.ABC):
 
     parts: tuple[str, ...]
     """Parts of the model that this objective trains, where they train at all."""
-    budget_counts_padding: bool = True
-    """Whether padding counts in `max_batch_tokens`; packed rows have none."""
+    plan_mode: Literal["padded", "packed", "best_fit"] = "padded"
+    """What `max_batch_tokens` counts: padding too; no padding, with like lengths together; no padding, in any mix."""
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.model, self.tokenizer, self.data, self.stage, self.seed = model, processor.tokenizer, data, stage, seed
@@ -58,7 +58,7 @@ class SpeechTask(abc.ABC):
         self.examples, lengths = self._select(chosen)
         repeats = [example.repeat for example in self.examples]
         self._order = BatchOrder(
-            lengths, repeats, stage.max_batch_tokens, seed, count_padding=self.budget_counts_padding
+            lengths, repeats, stage.max_batch_tokens, seed, count_padding=self.plan_mode == "padded"
         )
 
     @abc.abstractmethod

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ultravox.config.schema import StageConfig
-from ultravox.data.collate import collate_tokens, loss_mask
+from ultravox.data.collate import TokenBatch, collate_tokens, loss_mask
 from ultravox.model.adapters import lora_layers, merged_lora
-from ultravox.model.fast_attention import Packing, takes_packed_rows
+from ultravox.model.fusion import check_counts
+from ultravox.model.packing import find_packer
 from ultravox.objectives.cross_entropy import cross_entropy
 from ultravox.training.speech import Example, SpeechData
 from ultravox.training.speech_task import SpeechBatch, SpeechTask
@@ -23,8 +24,8 @@ class TuneTask(SpeechTask):
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.audio_token_id = int(model.config.audio_token_index)
-        self._packs = takes_packed_rows(model.get_decoder())
-        self.budget_counts_padding = not self._packs
+        self._packer = find_packer(model.language_model, stage.packing)
+        self.plan_mode = "padded" if self._packer is None else self._packer.plan_mode
         super().__init__(model, processor, data, stage, seed)
         self.pad_token_id = int(self.tokenizer.pad_token_id)
         kind = stage.tune.loss_mask
@@ -50,20 +51,22 @@ class TuneTask(SpeechTask):
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
         )
-        inputs = self.model.embed(tokens.input_ids, embeddings, token_lengths)
-        hidden = self._hidden_states(inputs, tokens.mask)
-        total, count = self._cross_entropy(hidden, tokens.labels)
+        inputs, labels, arguments = self._inputs(tokens, embeddings, token_lengths)
+        hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
+        total, count = self._cross_entropy(hidden, labels)
         return LossOutput(total, count, batch.audio_seconds, tokens.num_tokens)
 
-    def _hidden_states(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden states of right-padded sequences, [row, token, hidden]."""
-        decoder = self.model.get_decoder()
-        if self._packs:
-            packing = Packing.of(mask)
-            output = decoder(inputs_embeds=packing.pack(inputs), use_cache=False, **packing.arguments(inputs))
-            return packing.unpack(output.last_hidden_state)
-        # Padding is on the right, where a causal model cannot look from: no mask is needed, and attention is faster.
-        return decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    def _inputs(
+        self, tokens: TokenBatch, embeddings: Tensor, token_lengths: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Embeddings [row, token, hidden], labels [row, token], and what else the language model is told."""
+        if self._packer is None:
+            # Padding is on the right, where a causal model cannot look from: no mask is needed; attention is faster.
+            return self.model.embed(tokens.input_ids, embeddings, token_lengths), tokens.labels, {}
+        check_counts((tokens.input_ids == self.audio_token_id).sum(1), token_lengths)  # while rows can be named
+        packed = self._packer.pack(tokens.mask)
+        joined = self.model.embed(tokens.input_ids[tokens.mask][None], embeddings, token_lengths)[0]
+        return packed.place(joined), packed.place_labels(tokens.labels, tokens.mask), packed.arguments
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         head = self.model.get_output_embeddings()
