@@ -127,6 +127,10 @@ def _slots(lengths: list[int], width: int) -> tuple[Tensor, tuple[int, int]]:
     """
     total, longest = sum(lengths), max(lengths)
     num_rows = max(1, total // max(longest, width)) if width else 1
+    common = min(
+        4, 1 << num_rows.bit_length() - 1
+    )  # of rows and `ROWS_MULTIPLE`, so that a row's own multiple is small
+    num_rows -= num_rows % common
     rows = [(0, row) for row in range(num_rows)]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index]) if num_rows > 1 else range(len(lengths))
     places = [(0, 0)] * len(lengths)
@@ -134,7 +138,8 @@ def _slots(lengths: list[int], width: int) -> tuple[Tensor, tuple[int, int]]:
         used, row = rows[0]
         places[index] = (row, used)
         heapq.heapreplace(rows, (used + lengths[index], row))
-    filled = -(-max(rows)[0] // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    multiple = ROWS_MULTIPLE // common
+    filled = -(-max(rows)[0] // multiple) * multiple
     parts = [torch.arange(n) + row * filled + used for n, (row, used) in zip(lengths, places, strict=True)]
     return torch.cat(parts), (num_rows, filled)
 
@@ -194,7 +199,7 @@ def _why_not(packer: Packer, table: Float[Tensor, "vocabulary hidden"]) -> str |
             module.training = training
     if gradient[: _PROBE_LENGTHS[0]].any():
         return "one sees another: recurrent layers, or attention that takes no positions"
-    difference = float((second - alone).float().norm() / alone.float().norm())
+    difference = float(((second - alone).norm() / alone.norm()).detach())
     limit = 1e-3 if table.dtype == torch.float32 else 0.1
     return None if difference < limit else "positions do not start anew"
 
