@@ -96,20 +96,21 @@ def together(packer, model, inputs, labels, mask):
     return cross_entropy(hidden, packed.place_labels(labels, mask), model.get_output_embeddings().weight)
 
 
-@pytest.fixture(params=[256, 20], ids=["one row", "several rows"])
-def row_width(request, monkeypatch):
-    monkeypatch.setattr(module, "DENSE_WIDTH", request.param)
+@pytest.fixture(params=[1, 2], ids=["one row", "two rows"])
+def num_rows(request, monkeypatch):
+    widths = {1: (1000, 1000), 2: (20, 20)}[request.param]
+    monkeypatch.setattr(module, "DENSE_WIDTHS", widths)
     return request.param
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_sequences_train_as_they_do_apart(family, row_width):
+def test_packed_sequences_train_as_they_do_apart(family, num_rows):
     config, way = FAMILIES[family]
     model = build(config)
     packer = find_packer(model, "on")
     assert packer.way == way
     inputs, labels, mask = batch()
-    assert packer.pack(mask).shape == ((1, 64) if row_width == 256 else (2, 32))
+    assert packer.pack(mask).shape == {1: (1, 64), 2: (2, 32)}[num_rows]
     total, count = together(packer, model, inputs, labels, mask)
     assert count == sum(LENGTHS) - len(LENGTHS)  # no sequence's end predicts another's beginning
     expected = apart(model, inputs, labels)
@@ -120,7 +121,7 @@ def test_packed_sequences_train_as_they_do_apart(family, row_width):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_sequence_has_a_gradient_from_anothers_loss(family, row_width):
+def test_no_sequence_has_a_gradient_from_anothers_loss(family, num_rows):
     model = build(FAMILIES[family][0])
     packer = find_packer(model, "on")
     inputs, labels, mask = batch()
@@ -215,22 +216,33 @@ def positions(lengths):
     return torch.cat([torch.arange(length) for length in lengths])
 
 
-def test_rows_are_evenly_full_and_every_token_has_a_place():
+@pytest.mark.parametrize("hidden_size", [None, 576, 4096])
+def test_rows_are_evenly_full_and_every_token_has_a_place(hidden_size):
     lengths = torch.randint(20, 90, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    for width in (0, 256, 1000):
-        slots, (rows, filled) = _slots(lengths, width)
-        assert len(slots.unique()) == len(slots) == sum(lengths)
-        assert int(slots.max()) < rows * filled
-        assert rows * filled < 1.03 * sum(lengths)
-        assert rows * filled % 32 == 0
-        assert rows == {0: 1, 256: 40, 1000: 8}[width]
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        for start, length in zip(slots[starts].tolist(), lengths, strict=True):
-            assert start // filled == (start + length - 1) // filled  # none goes on in another row
-        assert torch.equal(slots - slots[starts].repeat_interleave(torch.tensor(lengths)), positions(lengths))
-    slots, shape = _slots([300, 5, 5], 256)
-    assert shape == (1, 320)
-    assert slots[300:].tolist() == list(range(300, 310))
+    slots, (rows, width) = _slots(lengths, hidden_size)
+    assert len(slots.unique()) == len(slots) == sum(lengths)
+    assert int(slots.max()) < rows * width < 1.03 * sum(lengths)
+    assert rows * width % 32 == 0
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    for start, length in zip(slots[starts].tolist(), lengths, strict=True):
+        assert start // width == (start + length - 1) // width  # none goes on in another row
+    assert torch.equal(slots - slots[starts].repeat_interleave(torch.tensor(lengths)), positions(lengths))
+    if hidden_size is None:
+        assert rows == 1
+        assert torch.equal(slots, torch.arange(len(slots)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "hidden_size", "shape"),
+    [
+        ([300, 5, 5], 576, (1, 320)),  # no narrower than the longest sequence
+        ([170] * 7, 576, (7, 192)),  # where no two fit without much to fill, one to a row
+        ([60] * 20, 32, (7, 192)),  # a small model's attention is most of its work: narrow rows
+        ([60] * 20, 2048, (4, 304)),  # a large one's is not: little to fill
+    ],
+)
+def test_rows_cost_little(lengths, hidden_size, shape):
+    assert _slots(lengths, hidden_size)[1] == shape
 
 
 def test_labels_stand_at_their_tokens_but_for_each_first():

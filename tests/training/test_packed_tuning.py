@@ -90,11 +90,11 @@ def gradients(task, batch):
     return output, dict(zip(trainable, found, strict=True))
 
 
-@pytest.mark.parametrize("row_width", [256, 64])
+@pytest.mark.parametrize("row_width", [512, 64])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mamba"])
 def test_packed_batches_train_as_padded_ones(folders, tmp_path, monkeypatch, family, row_width):
     """The same batch with its audio, through the task."""
-    monkeypatch.setattr(packing, "DENSE_WIDTH", row_width)
+    monkeypatch.setattr(packing, "DENSE_WIDTHS", (row_width, row_width))
     config = config_for(folders, family, tmp_path, "on", max_batch_tokens=400)
     model, processor = build_model(config.model), build_processor(config.model)
     data = prepare_speech(config, model, processor)

@@ -9,6 +9,7 @@ each model is tried on two short sequences before it trains (`find_packer`).
 """
 
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,8 +28,8 @@ from ultravox.model.fast_attention import Packing, takes_packed_rows
 from ultravox.model.kernels import ROWS_MULTIPLE
 from ultravox.tokens import IGNORE_INDEX
 
-#: Positions of a row where the mask is dense. Attention costs the square of a row, so a batch becomes several rows.
-DENSE_WIDTH = 256
+#: Under a dense mask, attention costs the square of a row, so a batch becomes several rows, between so and so wide.
+DENSE_WIDTHS = (128, 512)
 
 BLOCK_MASK_ATTENTION = "ultravox_block_mask"
 
@@ -92,7 +93,8 @@ class Packer:
             slots = torch.arange(packing.num_rows, device=mask.device)
             return PackedRows(slots, (1, len(packing.to_packed)), arguments)
         lengths = mask.sum(1).tolist()
-        slots, shape = _slots(lengths, 0 if self._is_sparse() else DENSE_WIDTH)
+        hidden_size = self.decoder.config.get_text_config().hidden_size
+        slots, shape = _slots(lengths, None if self._is_sparse() else hidden_size)
         # what fills up has position 0 throughout: each place is a sequence of its own
         positions = torch.zeros(shape[0] * shape[1], dtype=torch.long)
         positions[slots] = torch.cat([torch.arange(length) for length in lengths])
@@ -119,18 +121,29 @@ class Packer:
         return arguments
 
 
-def _slots(lengths: list[int], width: int) -> tuple[Tensor, tuple[int, int]]:
-    """Share sequences out among rows of about `width` positions; 0 = one row. Returns places [token], rows and width.
+def _slots(lengths: list[int], hidden_size: int | None) -> tuple[Tensor, tuple[int, int]]:
+    """Share sequences out among rows. Returns the place of each token [token], number of rows and their width.
 
-    The longest first, each into the emptiest row (Graham 1969, Bounds on multiprocessing timing anomalies): the rows
-    end up evenly full, and hardly any place is left over.
+    Args:
+        lengths: tokens of each sequence.
+        hidden_size: the language model's; attention under a dense mask was measured to cost as much as all else where
+            a row is twice as wide as that (SmolLM2-135M on a CPU). None = attention skips what is masked: one row.
     """
-    total, longest = sum(lengths), max(lengths)
-    num_rows = max(1, total // max(longest, width)) if width else 1
-    common = min(
-        4, 1 << num_rows.bit_length() - 1
-    )  # of rows and `ROWS_MULTIPLE`, so that a row's own multiple is small
-    num_rows -= num_rows % common
+    if hidden_size is None:
+        return _share_out(lengths, 1)
+    least, most = DENSE_WIDTHS
+    fewest = max(1, sum(lengths) // max(*lengths, most))
+    choices = (
+        _share_out(lengths, rows) for rows in range(fewest, max(fewest, sum(lengths) // max(*lengths, least)) + 1)
+    )
+    return min(choices, key=lambda choice: choice[1][0] * choice[1][1] * (2 * hidden_size + choice[1][1]))
+
+
+def _share_out(lengths: list[int], num_rows: int) -> tuple[Tensor, tuple[int, int]]:
+    """As `_slots`: the longest first, each into the emptiest row, so that the rows end up evenly full.
+
+    Graham 1969, Bounds on multiprocessing timing anomalies.
+    """
     rows = [(0, row) for row in range(num_rows)]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index]) if num_rows > 1 else range(len(lengths))
     places = [(0, 0)] * len(lengths)
@@ -138,10 +151,12 @@ def _slots(lengths: list[int], width: int) -> tuple[Tensor, tuple[int, int]]:
         used, row = rows[0]
         places[index] = (row, used)
         heapq.heapreplace(rows, (used + lengths[index], row))
-    multiple = ROWS_MULTIPLE // common
-    filled = -(-max(rows)[0] // multiple) * multiple
-    parts = [torch.arange(n) + row * filled + used for n, (row, used) in zip(lengths, places, strict=True)]
-    return torch.cat(parts), (num_rows, filled)
+    multiple = ROWS_MULTIPLE // math.gcd(ROWS_MULTIPLE, num_rows)
+    width = -(-max(rows)[0] // multiple) * multiple
+    firsts = torch.tensor([row * width + used for row, used in places])
+    counts = torch.tensor(lengths)
+    offsets = (firsts - counts.cumsum(0) + counts).repeat_interleave(counts)
+    return offsets + torch.arange(len(offsets)), (num_rows, width)
 
 
 def find_packer(language_model: PreTrainedModel, wish: Literal["auto", "on", "off"]) -> Packer | None:
