@@ -305,7 +305,7 @@ def test_rows_that_are_not_packed_count_their_padding(parts, tmp_path, monkeypat
         config = short_config(parts, tmp_path / dtype, steps=(0, 9), max_batch_tokens=1000).model_dump(mode="json")
         config["model"]["dtype"] = dtype
         run_training(type(short_config(parts, tmp_path)).model_validate(config))
-        assert tasks[-1].budget_counts_padding == counts_padding
+        assert (tasks[-1].plan_mode == "padded") == counts_padding
         assert max(sizes) <= 1000 or not counts_padding
 
 

@@ -123,7 +123,7 @@ class StageConfig(Section):
         4096,
         ge=1,
         description="budget of one batch: audio positions (align) or all positions (tune); padding counts, except "
-        "where rows are packed: a Llama model tuned in float32 on a CPU",
+        "where rows are packed (see packing)",
     )
     accumulation_steps: int = Field(1, ge=1, le=10_000, description="batches per optimizer step")
     max_batch_memory_gb: float | None = Field(
@@ -135,7 +135,7 @@ class StageConfig(Section):
     packing: Literal["auto", "on", "off"] = Field(
         "auto",
         description="tune: several clips in one row, none of which sees another; auto = where it is measured to be "
-        "faster (Llama models in float32 on a CPU)",
+        "faster (Llama models in float32 on a CPU), on = with any model whose attention can keep them apart",
     )
     sources: list[Name] | None = Field(None, min_length=1, description="names of the data.sources to use; null = all")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer")
@@ -151,6 +151,8 @@ class StageConfig(Section):
         for name, defaults in (("align", AlignOptions()), ("tune", TuneOptions())):
             if self.objective != name and getattr(self, name) != defaults:
                 raise ValueError(f"options under {name!r} have no effect in a stage with objective {self.objective!r}")
+        if self.objective != "tune" and self.packing == "on":
+            raise ValueError(f"packing: on has no effect in a stage with objective {self.objective!r}")
         if self.max_steps and self.optim.warmup_steps > self.max_steps:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds max_steps ({self.max_steps}); lower it too, "

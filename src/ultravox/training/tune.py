@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ultravox.config.schema import StageConfig
-from ultravox.data.collate import collate_tokens, loss_mask
+from ultravox.data.collate import TokenBatch, collate_tokens, loss_mask
 from ultravox.model.adapters import lora_layers, merged_lora
-from ultravox.model.fast_attention import Packing, takes_packed_rows
+from ultravox.model.fusion import check_counts
+from ultravox.model.packing import find_packer
 from ultravox.objectives.cross_entropy import cross_entropy
-from ultravox.training.speech import Example, SpeechData
 from ultravox.training.batches import SpeechBatch
+from ultravox.training.speech import Example, SpeechData
 from ultravox.training.speech_task import SpeechTask, padded_rows
 from ultravox.training.task import LossOutput
 
@@ -25,8 +26,8 @@ class TuneTask(SpeechTask):
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.audio_token_id = int(model.config.audio_token_index)
-        self._packs = takes_packed_rows(model.get_decoder())
-        self.plan_mode = "packed" if self._packs else "padded"
+        self._packer = find_packer(model.language_model, stage.packing)
+        self.plan_mode = "padded" if self._packer is None else self._packer.plan_mode
         super().__init__(model, processor, data, stage, seed)
         self.pad_token_id = int(self.tokenizer.pad_token_id)
 
@@ -38,7 +39,7 @@ class TuneTask(SpeechTask):
 
     def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum of the supervised tokens' cross-entropies, and their number."""
-        embeddings = self.audio_embeddings(batch, augmented=True) if len(batch.lengths) else ()
+        audio = self.audio_embeddings(batch, augmented=True) if len(batch.lengths) else None
         kind = self.stage.tune.loss_mask
         rows = zip(batch.input_ids, batch.supervised, strict=True)
         tokens = collate_tokens(
@@ -49,20 +50,24 @@ class TuneTask(SpeechTask):
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
         )
-        inputs = self.model.embed(tokens.input_ids, *embeddings)
-        hidden = self._hidden_states(inputs, tokens.mask)
-        total, count = self._cross_entropy(hidden, tokens.labels)
+        inputs, labels, arguments = self._inputs(tokens, audio)
+        hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
+        total, count = self._cross_entropy(hidden, labels)
         return LossOutput(total, count, batch.audio_seconds, tokens.num_tokens)
 
-    def _hidden_states(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden states of right-padded sequences, [row, token, hidden]."""
-        decoder = self.model.get_decoder()
-        if self._packs:
-            packing = Packing.of(mask)
-            output = decoder(inputs_embeds=packing.pack(inputs), use_cache=False, **packing.arguments(inputs))
-            return packing.unpack(output.last_hidden_state)
-        # Padding is on the right, where a causal model cannot look from: no mask is needed, and attention is faster.
-        return decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    def _inputs(
+        self, tokens: TokenBatch, audio: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Embeddings [row, token, hidden], labels [row, token], and what else the language model is told."""
+        heard = audio or ()
+        if self._packer is None:
+            # Padding is on the right, where a causal model cannot look from: no mask is needed; attention is faster.
+            return self.model.embed(tokens.input_ids, *heard), tokens.labels, {}
+        if audio is not None:
+            check_counts((tokens.input_ids == self.audio_token_id).sum(1), audio[1])  # while rows can be named
+        packed = self._packer.pack(tokens.mask)
+        joined = self.model.embed(tokens.input_ids[tokens.mask][None], *heard)[0]
+        return packed.place(joined), packed.place_labels(tokens.labels, tokens.mask), packed.arguments
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         head = self.model.get_output_embeddings()
