@@ -17,7 +17,9 @@ PAGE = (ROOT / "docs" / "data.md").read_text()
 def blocks() -> list[tuple[str, str]]:
     """Heading and content of each shell block."""
     found, heading = [], ""
-    for match in re.finditer(r"^#+ (?P<heading>.*)$|^```bash\n(?P<block>.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL):
+    for match in re.finditer(
+        r"^#+ (?P<heading>.*)$|^```bash\n(?P<block>.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL
+    ):
         heading = match["heading"] or heading
         if match["block"]:
             found.append((heading, match["block"]))
@@ -50,6 +52,11 @@ def test_each_action_has_an_example():
 def test_block(heading: str, block: str, checkout: Path):
     environment = {**os.environ, "ULTRAVOX_HOME": str(checkout / "home"), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block], cwd=checkout, env=environment, capture_output=True, text=True, timeout=300
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, f"{heading}\n{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

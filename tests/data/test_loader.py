@@ -32,7 +32,10 @@ def with_pid(planned, position):
     return (planned, os.getpid())
 
 
-def taken(loader, steps, start=Position()):
+START = Position()
+
+
+def taken(loader, steps, start=START):
     """The batches of each step, and the position after the last."""
     stream = loader.steps(start)
     found = list(islice(stream, steps))

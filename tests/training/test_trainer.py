@@ -132,7 +132,9 @@ def test_third_ctrl_c_does_not_wait():
 def test_checkpoints_are_asked_for_when_due():
     task = ToyTask()
     steps = []
-    run_stage(task, toy_optimizer(task), settings(checkpoint_every=5), task.load, save=lambda state: steps.append(state.step))
+    run_stage(
+        task, toy_optimizer(task), settings(checkpoint_every=5), task.load, save=lambda state: steps.append(state.step)
+    )
     assert steps == [5, 10, 12]
 
 

@@ -1,7 +1,7 @@
 """From the plan to the step: batches are made ahead, by worker processes or by a thread, in the plan's order.
 
-The sequence of micro-batches is one for the whole run. A step takes the next few of it, and each rank makes its share of
-them, so neither the number of ranks nor that of workers changes which example is in which step. All the state there is:
+The sequence of micro-batches is one for the whole run. A step takes the next few of it, and each rank makes its share
+of them, so neither the number of ranks nor that of workers changes which example is in which step. All the state there is:
 the position of the next step, three integers.
 """
 
@@ -59,7 +59,8 @@ class LoadedStep:
     after: Position
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Job:
     """One micro-batch to make."""
 
     planned: Any
@@ -131,7 +132,7 @@ class Loader:
                 yield Job(self.order.batch(*step[index]), step[index], index, upcoming)
 
     def _sequence(self, start: Position) -> Iterator[Position]:
-        """Every position from one on; an epoch without a batch is an error, since there would be no end to the search."""
+        """Every position from one on; an epoch without a batch is an error, or the search would have no end."""
         epoch, window, batch = start
         while True:
             found = (window, batch) != (0, 0)
@@ -148,7 +149,7 @@ class Loader:
         import torch
         from torch.utils.data import DataLoader
 
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _Making(self.make),  # type: ignore[arg-type]
             sampler=jobs,  # type: ignore[arg-type]
             batch_size=None,

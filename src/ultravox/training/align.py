@@ -8,8 +8,8 @@ import torch
 from ultravox.config.schema import StageConfig
 from ultravox.errors import DataError
 from ultravox.objectives.alignment import CtcAlignment
-from ultravox.training.speech import Example, SpeechData
 from ultravox.training.batches import SpeechBatch
+from ultravox.training.speech import Example, SpeechData
 from ultravox.training.speech_task import SpeechTask, padded_rows
 from ultravox.training.task import LossOutput
 

@@ -1,4 +1,4 @@
-"""From places in the plan to what a step computes on. Runs in the loader's thread or processes, and touches no weight."""
+"""From places in the plan to what a step computes on. It runs in the loader's thread or processes, without weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class BatchMaker:
         return sum(num_audio_tokens(count, self.stack_factor) for count in frames)
 
     def planned_tokens(self, version: Version) -> int:
-        """Positions that the plan counts for all recordings of a version: where the speed varies, the most there can be."""
+        """Positions that the plan counts for all recordings of a version: the most there can be, where speed varies."""
         if self.augmenter is None:
             return sum(self.audio_tokens(frames) for frames in version.frames)
         _, longest = length_bounds(round(version.seconds * SAMPLE_RATE), self.augmenter.settings.speed)

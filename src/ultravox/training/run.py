@@ -31,7 +31,7 @@ from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.optim import Optimizer
 from ultravox.training.progress import TerminalProgress
 from ultravox.training.run_folder import clear, lock, require_free
-from ultravox.training.speech import SpeechData, prepare_speech
+from ultravox.training.speech import SpeechData, prepare_speech, source_key, source_spec
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.trackers import samples
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
@@ -105,8 +105,9 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         data = prepare_speech(config, model, processor)
         run = RunState(feature_cache_seconds=data.cache_report.seconds)
         if start is not None:
-            for source, before in start.state["sizes"].items():
-                require_not_shrunk(source, before, data.sizes.get(source, 0))
+            for source in config.data.sources:
+                key = source_key(source)
+                require_not_shrunk(source_spec(source), start.state["sizes"].get(key, 0), data.sizes[key])
             checkpoints.require_same(start.state["data"], data.fingerprints, "the training data", found[-1])
             run = RunState(**start.state["run"])
             run.feature_cache_seconds += data.cache_report.seconds
@@ -275,7 +276,8 @@ def _callbacks(context: _Stage, state: LoopState, last: dict[str, float], stack:
         else:
             Console(stderr=True).print("TensorBoard is not installed: no tensorboard/ is written; log.jsonl is")
     if context.config.logging.samples:
-        add(samples.SampleLog(context.run_dir, stage.name, context.attempt, context.data.source_keys))
+        names = [source_key(source) for source in context.data.sources]
+        add(samples.SampleLog(context.run_dir, stage.name, names, attempt=context.attempt))
     add(TerminalProgress(stage.name, stage.max_steps, stage.log_every, elapsed_seconds=state.seconds))
     return [*callbacks, _Last(last)]
 
@@ -294,7 +296,7 @@ def _stage_summary(
         "data_wait_seconds": state.data_wait_seconds,
         "data_wait_share": state.data_wait_seconds / max(state.seconds, 1e-9),
         "epochs": task.epochs(Position(state.epoch, state.window, state.batch)),
-        "mixture": task.mixture_report(state.epoch),
+        "mixture": task.mixture(state.epoch),
         "num_examples": len(task.examples),
         "left_out": task.left_out,
         "audio_seconds": state.audio_seconds,
@@ -372,7 +374,7 @@ def _deciding_keys(config: RunConfig) -> dict[str, Any]:
 def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
     count = sum(parameter.numel() for parameter in data.trainable.values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    versions = sum(len(example.names) for example in data.examples)
+    versions = sum(len(example.versions) for example in data.examples)
     quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in data.quarantine.reasons.items()]
     left_out = f", left out {', '.join(quarantined)}" if quarantined else ""
     text = (

@@ -1,4 +1,4 @@
-"""What the tasks on speech train on: the rows of all sources with their tokens, and the features of each at each speed."""
+"""What the tasks on speech train on: the rows of all sources with their tokens, and their features at each speed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,10 +16,12 @@ from ultravox.config.data import SourceConfig
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.cache import CacheReport, FeatureRequest, SizeCap
 from ultravox.data.examples import TokenisedExample, tokenise
+from ultravox.data.filters import Filters
 from ultravox.data.fingerprint import fingerprint, uid
 from ultravox.data.manifest import Clip
 from ultravox.data.quarantine import Quarantine
-from ultravox.data.sources import Filters, SourceSpec, load_source
+from ultravox.data.source import SourceSpec
+from ultravox.data.sources import load_source
 from ultravox.data.templates import PromptTemplate, UnusableRow
 from ultravox.errors import DataError
 from ultravox.metrics.normalize import normalize_english, spoken_form
@@ -113,7 +115,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     templates: list[PromptTemplate] = []
     num_rows = 0
     for index, source in enumerate(data.sources):
-        loaded = load_source(_spec(source))
+        loaded = load_source(source_spec(source))
         templates.append(PromptTemplate(source.task, source.prompts, source.response))
         templates[-1].require_columns(loaded.clips, f"source {source.name}")
         num_rows += loaded.num_rows
@@ -146,9 +148,10 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     remaining = iter(report.names)
     for (index, clip, speed), recordings in zip(wanted, heard, strict=True):
         mine = list(islice(remaining, len(recordings)))
+        usable = [name for name in mine if name is not None]
         parts[source_key(data.sources[index])] += [name or "" for name in mine]
-        if None not in mine:
-            found[id(clip)].versions.append(_version(features, speed, [s for _, s in recordings], mine))
+        if len(usable) == len(mine):
+            found[id(clip)].versions.append(_version(features, speed, [s for _, s in recordings], usable))
     examples = [found[id(clip)] for _, clip in training if id(clip) in found and found[id(clip)].versions]
     if not examples:
         raise DataError("no clip is left to train on: check data.sources and the length limits")
@@ -208,7 +211,7 @@ def _check(config: RunConfig, requests: list[FeatureRequest]) -> CacheReport:
     return report
 
 
-def _spec(source: SourceConfig) -> SourceSpec:
+def source_spec(source: SourceConfig) -> SourceSpec:
     filters = Filters(**source.filters.model_dump())
     names = ("name", "format", "split", "subset", "revision", "streaming", "columns", "max_clips", "max_hours")
     options = {name: getattr(source, name) for name in names}

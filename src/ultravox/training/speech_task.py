@@ -14,7 +14,8 @@ from ultravox.config.schema import StageConfig
 from ultravox.data.fingerprint import fingerprint
 from ultravox.data.loader import Position
 from ultravox.data.mixture import Mixture
-from ultravox.data.order import DataOrder, OrderSettings, PlannedBatch
+from ultravox.data.order import DataOrder, PlannedBatch
+from ultravox.data.plan import Limits, Mode
 from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import word_error_rate
 from ultravox.training.batches import BatchMaker, SpeechBatch
@@ -31,7 +32,7 @@ class SpeechTask(abc.ABC):
 
     parts: tuple[str, ...]
     """Parts of the model that this objective trains, where they train at all."""
-    plan_mode: PlanMode = "padded"
+    plan_mode: Mode = "padded"
     """How the plan fills `max_batch_tokens`."""
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
@@ -52,9 +53,9 @@ class SpeechTask(abc.ABC):
             audio_tokens,
             text_tokens,
             self._mixture(),
-            OrderSettings(max_batch_tokens=stage.max_batch_tokens, mode=self.plan_mode),
-            seed,
-            fingerprint([example.uid for example in self.examples]),
+            Limits(stage.max_batch_tokens, self.plan_mode),
+            seed=seed,
+            fingerprint=fingerprint([example.uid for example in self.examples]),
         )
 
     def _mixture(self) -> Mixture:
@@ -121,9 +122,20 @@ class SpeechTask(abc.ABC):
             frames = augment(frames, lengths, self.stage.augment, batch.augment_seed, rate)
         return self.model.project(frames, lengths)
 
-    def num_batches(self, epoch: int) -> int:
-        """In all windows of an epoch."""
-        return sum(self.order.num_batches(epoch, window) for window in range(self.order.num_windows(epoch)))
+    def epochs(self, position: Position) -> float:
+        """How often the data has come up to a position; in the middle of an epoch, about."""
+        epoch, window, batch = position
+        share = batch / self.order.num_batches(epoch, window) if batch else 0.0
+        return epoch + (window + share) / self.order.num_windows(epoch)
+
+    def mixture(self, epochs: int) -> dict[str, dict[str, float]]:
+        """Of each source, the share of the examples that was asked for, and what it is over so many whole epochs."""
+        mixture = self.order.mixture
+        counts = dict(zip(mixture.names, mixture.drawn_before(max(1, epochs)), strict=True))
+        total = sum(counts.values())
+        return {
+            name: {"requested": mixture.requested[name], "realised": count / total} for name, count in counts.items()
+        }
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """What trains in this stage; a part with rate 0 stands still."""

@@ -55,9 +55,7 @@ class TuneTask(SpeechTask):
         total, count = self._cross_entropy(hidden, labels)
         return LossOutput(total, count, batch.audio_seconds, tokens.num_tokens)
 
-    def _inputs(
-        self, tokens: TokenBatch, audio: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _inputs(self, tokens: TokenBatch, audio: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Embeddings [row, token, hidden], labels [row, token], and what else the language model is told."""
         heard = audio or ()
         if self._packer is None:
