@@ -1,7 +1,7 @@
 """Rows that cannot be used: set aside, counted by reason, and too many of them stop the run.
 
-Whoever reads rows (a source, the feature cache, ``data prepare``) adds what it sets aside; whoever called it decides how
-much is too much.
+Whoever reads rows (a source, the feature cache, ``data prepare``) adds what it sets aside; whoever called it decides
+how much is too much.
 """
 
 from collections.abc import Iterable, Mapping
