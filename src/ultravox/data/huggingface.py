@@ -234,7 +234,7 @@ class _Cell:
         if pa.types.is_list(self.scalar.type) or pa.types.is_large_list(self.scalar.type):
             inner = [_Cell(one, (*self.keys, index)) for index, one in enumerate(self.scalar)]
             return [cell for one in inner if (cell := one.placed(f"{label}, audio {one.keys[-1]}", place)) is not None]
-        if arrow_audio.parts_of(self.scalar) == (None, None):
+        if all(part is None for part in arrow_audio.parts_of(self.scalar)):
             return None
         self.label, self.place = label, place
         return self
