@@ -1,7 +1,7 @@
 """Audio that lies in a cell of an Arrow table, as Hugging Face ``datasets`` keeps it, or at an address beside one.
 
-A cell is ``{bytes, path}``, or bytes or a path alone. `ArrowCell` remembers the place only, so it goes to a worker process
-in a few bytes and reads the memory-mapped file there. Nothing here decodes: ``datasets`` would need torchcodec for it.
+A cell is ``{bytes, path}``, or bytes or a path alone. `ArrowCell` remembers the place only, so it goes to a worker
+process in a few bytes and reads the memory-mapped file there. Nothing here decodes: ``datasets`` would need torchcodec.
 """
 
 from dataclasses import dataclass

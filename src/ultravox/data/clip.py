@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ultravox.audio.content import NO_AUDIO, Audio
 from ultravox.audio.segment import SLACK_SECONDS, AudioSegment
@@ -59,7 +59,7 @@ class RowReader:
     """Whether a row of text alone is a fault."""
     licence: str = ""
     """Of rows that name none."""
-    seconds_of: Callable[[Audio], float] = field(default_factory=lambda: lru_cache(16)(audio_seconds))
+    seconds_of: Callable[[Audio], float] = field(default_factory=lambda: _remembering(audio_seconds))
     """Length by the header. The last few are kept: parts of one recording stand beside one another."""
 
     def clip(self, row: Mapping[str, Any], place: str, default_id: str | None = None) -> Clip:
@@ -154,6 +154,10 @@ def file_below(folder: Path) -> Callable[[Any], Audio]:
         return Path(path)
 
     return locate
+
+
+def _remembering(function: Callable[[Audio], float]) -> Callable[[Audio], float]:
+    return cast(Callable[[Audio], float], lru_cache(16)(function))
 
 
 def _check_types(ours: Mapping[str, Any], place: str, needs_audio: bool) -> None:

@@ -42,8 +42,8 @@ class Columns:
                 rest.pop(theirs, None)
         extra = {name: ours.pop(name) for name in list(ours) if name not in USUAL}
         for name, candidates in USUAL.items():
-            if name not in self.mapping and (theirs := next((c for c in candidates if c in rest), None)) is not None:
-                ours[name] = rest.pop(theirs)
+            if name not in self.mapping and (usual := next((c for c in candidates if c in rest), None)) is not None:
+                ours[name] = rest.pop(usual)
         return ours, rest | extra
 
     def place_of(self, name: str, there: Collection[str]) -> str | None:

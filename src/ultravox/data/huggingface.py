@@ -1,7 +1,7 @@
 """Datasets as Hugging Face ``datasets`` keeps them: on the hub, saved to disk, or as Parquet files; whole or streamed.
 
-Only Arrow tables are asked of ``datasets``: it would decode audio with torchcodec, which has no build for every machine. A
-map-style dataset's audio stays where it is, as `ArrowCell`; a streamed row brings its bytes along, for as long as it lives.
+Only Arrow tables are asked of ``datasets``: it would decode audio with torchcodec, which not every machine can load.
+A map-style dataset's audio stays where it is, as `ArrowCell`; a streamed row brings its bytes along while it lives.
 """
 
 import contextlib
@@ -234,17 +234,16 @@ class _Cell:
         if pa.types.is_list(self.scalar.type) or pa.types.is_large_list(self.scalar.type):
             inner = [_Cell(one, (*self.keys, index)) for index, one in enumerate(self.scalar)]
             return [cell for one in inner if (cell := one.placed(f"{label}, audio {one.keys[-1]}", place)) is not None]
-        if arrow_audio.parts_of(self.scalar) == (None, None):
+        if all(part is None for part in arrow_audio.parts_of(self.scalar)):
             return None
         self.label, self.place = label, place
         return self
 
 
 def _row_dicts(batch: pa.RecordBatch, audio: tuple[str, ...] | None, features: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a table: the audio as a `_Cell` under its name, other audio and pictures left out, labels as words."""
-    media = {
-        name for name, feature in (features or {}).items() if type(feature).__name__ in ("Audio", "Image", "Video")
-    }
+    """The rows of a table: the audio as a `_Cell` under its name, other media left out, labels as words."""
+    kinds = {name: type(feature).__name__ for name, feature in (features or {}).items()}
+    media = {name for name, kind in kinds.items() if kind in ("Audio", "Image", "Video")}
     names = [name for name in batch.schema.names if name not in media and (audio is None or (name,) != audio)]
     labels = {name: features[name].names for name in names if features and hasattr(features[name], "int2str")}
     for index, row in enumerate(batch.select(names).to_pylist()):

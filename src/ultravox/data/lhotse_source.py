@@ -1,7 +1,7 @@
 """Lhotse's CutSets (``cuts.jsonl.gz``) and Shar folders. Needs the extra ``lhotse``.
 
-A cut is a part of a recording; its supervisions hold what is said. A cut that is a whole file becomes that file, any other
-an `AudioSegment`. In a Shar folder the audio lies in tar files, where `TarMember` remembers its place.
+A cut is a part of a recording; its supervisions hold what is said. A cut that is a whole file becomes that file, any
+other an `AudioSegment`. In a Shar folder the audio lies in tar files, where `TarMember` remembers its place.
 """
 
 import re

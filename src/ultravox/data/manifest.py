@@ -1,8 +1,8 @@
 """Clips and the folders they lie in: ``dataset.json``, one JSON-lines file per split, and ``audio/``.
 
-A row is ``{"id", "audio", "text", "duration", "speaker", "licence", "language", "answer"}``; ``audio`` is relative to the
-folder of the file, ``duration`` is in seconds, ``answer`` (optional) is what the language model itself answers to the
-text. A row of a conversation has a list of files in ``audio``, and ``messages`` with a placeholder for each.
+A row is ``{"id", "audio", "text", "duration", "speaker", "licence", "language", "answer"}``; ``audio`` is relative to
+the folder of the file, ``duration`` is in seconds, ``answer`` (optional) is what the language model itself answers to
+the text. A row of a conversation has a list of files in ``audio``, and ``messages`` with a placeholder for each.
 """
 
 import json

@@ -1,7 +1,7 @@
 """What a source of clips is, whatever its kind: how it is asked for, and what it answers.
 
-A kind is a subclass of `Source` that says which splits there are and yields its rows one by one. Which kind a name means
-is found in `ultravox.data.sources`.
+A kind is a subclass of `Source` that says which splits there are and yields its rows one by one. Which kind a name
+means is found in `ultravox.data.sources`.
 """
 
 import hashlib

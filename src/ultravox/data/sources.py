@@ -262,7 +262,7 @@ def split_names(source: str | Path) -> list[str]:
 
 
 def describe_source(source: str | Path) -> dict[str, Any]:
-    """What a source says about itself (licence, attribution …); nothing where it is only files. DataError without one."""
+    """What a source says about itself (licence, attribution …), if anything. DataError where there is no source."""
     return open_source(SourceSpec(str(source))).describe()
 
 
