@@ -263,7 +263,7 @@ def _open_shard(path: Path) -> pq.ParquetFile:
     files = _open_files.files
     if key not in files:
         files[key] = pq.ParquetFile(path, memory_map=True)
-        if len(files) > MAX_OPEN_FILES:
+        while len(files) > MAX_OPEN_FILES:
             files.popitem(last=False)
     files.move_to_end(key)
     return files[key]

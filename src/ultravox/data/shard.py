@@ -32,6 +32,7 @@ BYTES_PER_GROUP = 1 << 20
 _AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _AUDIO_FEATURE = {"sampling_rate": SAMPLE_RATE, "_type": "Audio"}
 _TEXT_FEATURE = {"dtype": "string", "_type": "Value"}
+_BYTES_FEATURE = {"dtype": "binary", "_type": "Value"}
 _INT_FEATURE = {"dtype": "int32", "_type": "Value"}
 
 #: Column → its type, and what Hugging Face `datasets` calls it.
@@ -52,7 +53,8 @@ COLUMNS: dict[str, tuple[pa.DataType, dict[str, Any]]] = {
         pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
         {"feature": {"role": _TEXT_FEATURE, "content": _TEXT_FEATURE}, "_type": "List"},
     ),
-    "more_audio": (pa.list_(_AUDIO), {"feature": _AUDIO_FEATURE, "_type": "List"}),
+    # plain bytes to Hugging Face: who reads "audio" undecoded need not say so of this column too
+    "more_audio": (pa.list_(_AUDIO), {"feature": {"bytes": _BYTES_FEATURE, "path": _TEXT_FEATURE}, "_type": "List"}),
     "more_num_samples": (pa.list_(pa.int32()), {"feature": _INT_FEATURE, "_type": "List"}),
 }
 SCHEMA = pa.schema(
