@@ -49,7 +49,7 @@ def test_a_file_becomes_a_dataset_that_other_commands_take(place, capsys):
     assert synthesize(*words) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("made/calls: train, 4 clips, 0.0 minutes")
-    assert out[1:] == ["made/calls/quarantine.jsonl: 1 texts left out"]
+    assert out[1:] == ["made/calls/quarantine.jsonl: texts left out: 1"]
     assert main(["data", "inspect", "made/calls"]) == 0
     assert "CC0-1.0" in capsys.readouterr().out
     assert synthesize(*words) == 0, "it is there already"

@@ -42,7 +42,7 @@ def test_a_server_that_never_works_is_given_up(speech_server):
 
 def test_no_server_is_one_line():
     waits: list[float] = []
-    with pytest.raises(NetworkError, match=r"http://127\.0\.0\.1:9/v1/chat/completions gave no answer") as caught:
+    with pytest.raises(NetworkError, match=r":9/v1/chat/completions gave no answer in 5 tries \(.*refused\)") as caught:
         Endpoint("http://127.0.0.1:9/v1", "small", timeout=1, sleep=waits.append).chat("hello", 0)
     assert len(waits) == MAX_TRIES - 1
     assert "\n" not in str(caught.value)
@@ -87,17 +87,25 @@ def test_something_else_than_a_completion_is_refused(answer, speech_server):
 
 @pytest.mark.parametrize(
     "url",
-    ["", "localhost:8000", "ftp://example.com/v1", "file:///etc/passwd", "http://", "http://[::1", "http://a:x/v1"],
+    [
+        "",
+        "localhost:8000",
+        "ftp://example.com/v1",
+        "file:///etc/passwd",
+        "http://",
+        "http://[::1",
+        "http://localhost:x",
+    ],
 )
 def test_only_http_is_spoken(url):
     with pytest.raises(UltravoxError, match="expected a URL such as"):
         Endpoint(url, "small")
 
 
-@pytest.mark.parametrize("url", ["http://me:pass@localhost/v1", "http://localhost/v1?key=1", "http://localhost/v1#a"])
-def test_a_url_holds_no_secret(url):
+@pytest.mark.parametrize("place", ["me:pass@localhost/v1", "localhost/v1?key=1", "localhost/v1#a"])
+def test_a_url_holds_no_secret(place):
     with pytest.raises(UltravoxError, match="holds a user name, a query or a fragment") as caught:
-        Endpoint(url, "small")
+        Endpoint(f"http://{place}", "small")
     assert "pass" not in str(caught.value)
 
 

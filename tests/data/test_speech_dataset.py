@@ -264,7 +264,7 @@ def test_a_text_without_an_answer_is_left_out(tmp_path):
 def test_ids_stay_different(tmp_path):
     source = tmp_path / "a.jsonl"
     source.write_text(
-        '{"text": "One.", "id": "a"}\n{"text": "Two.", "id": "a-1"}\n{"text": "Three.", "id": "out-9"}\n{"text": "Four."}'
+        '{"text": "One.", "id": "a"}\n{"text": "Two.", "id": "a-1"}\n{"text": "Three.", "id": "out-9"}\n{"text": "4."}'
     )
     make_speech_dataset(tmp_path / "out", FileTexts(source), Recipe([voice()]))
     source.write_text('{"text": "One.", "id": "x-000001"}\n{"text": "Two."}')

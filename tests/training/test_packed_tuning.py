@@ -30,7 +30,6 @@ from ultravox.tokens import IGNORE_INDEX
 from ultravox.training import tune as module
 from ultravox.training.run import run_training
 from ultravox.training.speech import prepare_speech
-from ultravox.training.task import Position
 from ultravox.training.tune import TuneTask
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -104,8 +103,8 @@ def test_packed_batches_train_as_padded_ones(folders, tmp_path, monkeypatch, fam
             torch.nn.init.normal_(parameter, std=0.1)
     padded = TuneTask(model, processor, data, config.stages[0].model_copy(update={"packing": "off"}), 1)
     assert padded.plan_mode == "padded"
-    batch = padded.batch(Position(0, 0))
-    assert len({len(example.input_ids) for example in batch.examples}) > 1
+    batch = padded.batch()
+    assert len({len(ids) for ids in batch.input_ids}) > 1
     padded.train_mode()
     expected, reference = gradients(padded, batch)
     if family == "llama":
@@ -139,15 +138,15 @@ def test_one_clips_answer_teaches_nothing_about_anothers_audio(folders, tmp_path
     model, processor = build_model(config.model), build_processor(config.model)
     task = TuneTask(model, processor, prepare_speech(config, model, processor), config.stages[0], 1)
     model.eval()
-    batch = task.batch(Position(0, 0))
-    rows = range(len(batch.examples))
+    batch = task.batch()
+    rows = range(len(batch.ids))
     assert len(rows) > 3
     batch.values.requires_grad_(True)
-    for row, example in enumerate(batch.examples):
+    for row, example_id in enumerate(batch.ids):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "collate_tokens", only(row))
             (gradient,) = torch.autograd.grad(task.loss(batch).sum, batch.values)
-        assert torch.equal(gradient.abs().amax((1, 2)) > 0, torch.arange(len(rows)) == row), example.id
+        assert torch.equal(gradient.abs().amax((1, 2)) > 0, torch.arange(len(rows)) == row), example_id
 
 
 def test_whole_runs_with_packing_on_and_off(folders, tmp_path):

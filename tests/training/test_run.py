@@ -293,8 +293,8 @@ def test_rows_that_are_not_packed_count_their_padding(parts, tmp_path, monkeypat
     tasks, sizes, inner = [], [], TuneTask.loss
 
     def loss(self, batch):
-        pairs = zip(batch.examples, batch.versions, strict=True)
-        longest = max(len(e.input_ids) - 1 + self.audio_tokens(e, version) for e, version in pairs)
+        pairs = zip(batch.input_ids, batch.audio_tokens, strict=True)
+        longest = max(len(ids) - 1 + sum(counts) for ids, counts in pairs)
         sizes.append(longest * len(batch.ids))
         tasks.append(self)
         return inner(self, batch)

@@ -24,6 +24,7 @@ from ultravox.training.optim import ParameterGroup
 from ultravox.training.speech import Example, SpeechData, source_key
 from ultravox.training.task import LossOutput
 
+BEGINNING = Position()
 PARTS = {"projector": "multi_modal_projector.", "language_model": "language_model.", "audio_encoder": "audio_tower."}
 
 
@@ -90,6 +91,10 @@ class SpeechTask(abc.ABC):
     @abc.abstractmethod
     def transcribe(self, examples: list[Example]) -> list[str]:
         """What the model makes of each example's first version."""
+
+    def batch(self, position: Position = BEGINNING) -> SpeechBatch:
+        """One batch, made here and now."""
+        return self.make_batch(self.order.batch(*position), position)
 
     def make_batch(self, planned: PlannedBatch, position: Position) -> SpeechBatch:
         """The batch at a place of the plan: a pure function of the two."""

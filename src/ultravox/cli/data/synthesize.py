@@ -83,7 +83,9 @@ def _add_texts(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--template", metavar="TEXT", action="append", help="Jinja template; may be given again")
     group.add_argument("--values", metavar="FILE", type=Path, help="YAML: the lists that the templates name")
     group.add_argument("--writer", metavar="MODEL", help="language model that writes the texts here")
-    group.add_argument("--writer-url", metavar="URL", help="or a server with OpenAI's interface, as http://HOST/v1")
+    group.add_argument(
+        "--writer-url", metavar="URL", help="or a server with OpenAI's interface, as http://localhost:8000/v1"
+    )
     group.add_argument("--writer-model", metavar="NAME", help="its model")
     group.add_argument("--writer-key-env", metavar="VARIABLE", default="", help="environment variable with its API key")
     group.add_argument("--topic", metavar="TEXT", default="", help="what the written texts are about")
@@ -114,7 +116,7 @@ def _add_voices(group: argparse._ArgumentGroup) -> None:
         "--readings", metavar="N", type=int, help="of each text, drawn among voices × speeds (default: all of them)"
     )
     group.add_argument("--voice-licence", metavar="TEXT", default=NOT_STATED, help="of a voice that is not bundled")
-    group.add_argument("--speech-url", metavar="URL", help="server of openai: voices, as http://HOST/v1")
+    group.add_argument("--speech-url", metavar="URL", help="server of openai: voices, as http://localhost:8000/v1")
     group.add_argument("--speech-model", metavar="NAME", help="its model")
     group.add_argument("--speech-key-env", metavar="VARIABLE", default="", help="environment variable with its API key")
     group.add_argument(
@@ -148,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     for split, entry in info["splits"].items():
         print(f"{args.output}: {split}, {entry['num_clips']} clips, {entry['seconds'] / 60:.1f} minutes")
     set_aside = {"texts left out": info["texts_left_out"], "readings set aside": info["readings_quarantined"]}
-    if found := ", ".join(f"{count} {what}" for what, count in set_aside.items() if count):
+    if found := ", ".join(f"{what}: {count}" for what, count in set_aside.items() if count):
         print(f"{args.output / QUARANTINE}: {found}")
     return 0
 
