@@ -33,18 +33,19 @@ class Columns:
 
     def of(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Ours → value (columns that are there, null or not), and the remaining columns under their own names."""
-        rest = dict(row)
         ours: dict[str, Any] = {}
+        used = set()
         for name, theirs in self.mapping.items():
             if has(row, theirs):
                 self._unseen.discard(name)
                 ours[name] = value_of(row, theirs)
-                rest.pop(theirs, None)
+                used.add(theirs)
         extra = {name: ours.pop(name) for name in list(ours) if name not in USUAL}
         for name, candidates in USUAL.items():
-            if name not in self.mapping and (usual := next((c for c in candidates if c in rest), None)) is not None:
-                ours[name] = rest.pop(usual)
-        return ours, rest | extra
+            if name not in self.mapping and (usual := next((c for c in candidates if c in row), None)) is not None:
+                ours[name] = row[usual]
+                used.add(usual)
+        return ours, {name: value for name, value in row.items() if name not in used} | extra
 
     def place_of(self, name: str, there: Collection[str]) -> str | None:
         """What a column of ours is called in a source whose columns are known beforehand."""

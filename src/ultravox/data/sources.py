@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "load_clips",
     "load_source",
     "open_source",
+    "read_all",
     "require_not_shrunk",
     "split_names",
 ]
@@ -246,14 +248,27 @@ def load_clips(source: str | Path, split: str = "train", *, format: str = "auto"
     Raises:
         DataError: at the first row that cannot be used, with its file and line; or there are no rows.
     """
-    clips = []
-    for _, found in unrepeated(open_source(SourceSpec(str(source), format, split)).rows()):
-        if isinstance(found, RowFault):
+    return read_all(open_source(SourceSpec(str(source), format, split)), strict=True)[0]
+
+
+def read_all(source: Source, most: int | None = None, *, strict: bool = False) -> tuple[list[Clip], list[RowFault]]:
+    """The clips of a source, all or the first `most`, and the rows that give none.
+
+    Raises:
+        DataError: the source is broken, or has no rows; with `strict`, at the first row that gives no clip.
+    """
+    clips: list[Clip] = []
+    faults: list[RowFault] = []
+    for _, found in islice(unrepeated(source.rows()), most):
+        if isinstance(found, Clip):
+            clips.append(found)
+        elif strict:
             raise found
-        clips.append(found)
-    if not clips:
-        raise DataError(f"{source} holds no clips")
-    return clips
+        else:
+            faults.append(found)
+    if not clips and not faults:
+        raise DataError(f"{source.name} holds no clips")
+    return clips, faults
 
 
 def split_names(source: str | Path) -> list[str]:

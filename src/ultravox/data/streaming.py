@@ -1,8 +1,9 @@
 """An endless stream of clips from a dataset that is never there as a whole: shard by shard, a window at a time.
 
-The order is a pure function of the seed: in each epoch the shards are shuffled, and dealt out to the ranks like cards, so
-that each row comes once, to one rank. Nothing is shuffled in a buffer: `datasets` loses what lies in one on resuming.
-Within a window, whoever plans the batches mixes the rows.
+The order is a pure function of the seed: in each epoch the shards are shuffled, and dealt out to the ranks like cards,
+so that each row comes once, to one rank. This is the one split that there is: ``split_dataset_by_node`` deals out the
+shards once and for all, and a shuffle after it would be of a part. Nothing is shuffled in a buffer: ``datasets`` loses
+what lies in one on resuming. Within a window, whoever plans the batches mixes the rows.
 """
 
 from collections.abc import Iterator
@@ -50,7 +51,9 @@ class StreamSource:
         if not spec.streaming:
             raise DataError(f"{spec.name} is not to be streamed: set streaming: true, or load it as a whole")
         if spec.max_clips is not None or spec.max_hours is not None:
-            raise DataError(f"{spec.name}: a stream comes in another order in each epoch; leave out max_clips, max_hours")
+            raise DataError(
+                f"{spec.name}: a stream comes in another order in each epoch; leave out max_clips, max_hours"
+            )
         self.source = HuggingFaceSource(spec)
         require_whole(self.source.stream, spec.name)
         self.spec, self.window, self.seed = spec, window, seed
@@ -58,8 +61,8 @@ class StreamSource:
         self.num_shards = self.source.num_shards
         if self.num_shards % world_size:
             raise DataError(
-                f"{spec.name} has {self.num_shards} shards, which cannot be dealt out evenly to {world_size} processes: "
-                f"write it in a multiple of {world_size} files, or use another number of processes"
+                f"{spec.name} has {self.num_shards} shards, which cannot be dealt out evenly to {world_size} "
+                f"processes: write it in a multiple of {world_size} files, or use another number of processes"
             )
         self.max_quarantine_share = max_quarantine_share
         self.quarantine = Quarantine()
@@ -158,9 +161,9 @@ class StreamSource:
 
 
 def require_whole(stream: Any, name: str) -> None:
-    """Raise a DataError for an ``IterableDataset`` that ``split_dataset_by_node`` has split: rows would be lost twice."""
+    """Raise a DataError for an ``IterableDataset`` that ``split_dataset_by_node`` has split: rows would be lost."""
     if getattr(stream, "_distributed", None) is not None:
-        raise DataError(f"{name} is split among the processes already: a second split would lose rows; hand it in whole")
+        raise DataError(f"{name} is split among the processes already: a second split would lose rows; give it whole")
 
 
 def _require_main_process(name: str) -> None:
