@@ -180,7 +180,9 @@ def verify(folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     info = read_prepared(folder)
     if info.get("fingerprint") != fingerprint_of(info):
-        raise DataError(f"{folder / PREPARED_FILE} was changed after it was written: run `ultravox data prepare --overwrite`")
+        raise DataError(
+            f"{folder / PREPARED_FILE} was changed after it was written: run `ultravox data prepare --overwrite`"
+        )
     for entry in _files(info):
         path = folder / entry["file"]
         if not path.is_file():
