@@ -281,3 +281,34 @@ def test_tuning_is_measured_with_each_kernel(not_fetched):
     names = [line[:24].strip() for line in lines]
     assert (names[0], names[-1]) == ("plain PyTorch", "+ packed rows")
     assert all(float(line[24:].split()[0]) > 0 for line in lines)
+
+
+def test_preparing_is_measured_in_speed_and_memory(tmp_path, monkeypatch, capsys):
+    import numpy as np
+    import soundfile
+
+    prepare = load("prepare")
+    rows = []
+    for index in range(4):
+        samples = np.random.default_rng(index).integers(-9000, 9000, 16000).astype(np.int16)
+        soundfile.write(tmp_path / f"{index}.flac", samples, 16000)
+        rows.append(json.dumps({"id": str(index), "audio": f"{index}.flac", "text": "words", "duration": 1.0}))
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr(prepare, "FORMS", {form: prepare.FORMS[form] for form in list(prepare.FORMS)[:2]})
+    words = ["--source", str(tmp_path / "data.jsonl"), "--repeat", "2", "--rounds", "1", "--text-rows", "10"]
+    call(prepare, monkeypatch, *words, "--results", str(tmp_path / "kept.json"))
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert json.loads(capsys.readouterr().out) == kept
+    assert [form["audio_seconds"] for form in kept["speed"].values()] == [8.0, 8.0]
+    assert all(form["times_real_time_per_core"]["mean"] > 0 for form in kept["speed"].values())
+    assert kept["memory"]["audio"]["rows"] == [8, 32]
+    assert kept["memory"]["text"]["rows"] == [10, 40]
+    assert kept["random_read_microseconds"]["median"] > 0
+
+
+def test_preparing_keeps_its_promises():
+    """Of the kept measurement: many times real time on one core, and memory that does not grow with the corpus."""
+    kept = json.loads((KEPT / "prepare.json").read_text())
+    assert kept["speed"]["flac 16 kHz"]["times_real_time_per_core"]["mean"] >= 150
+    assert kept["speed"]["flac 16 kHz"]["times_real_time_per_core"]["n"] >= 3
+    assert all(kind["ratio"] < 1.1 and kind["rows"][1] == 4 * kind["rows"][0] for kind in kept["memory"].values())

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -549,3 +550,25 @@ def test_a_source_that_changes_while_it_is_read_is_refused(make_clips, tmp_path)
 def test_the_counter_must_count_each_text(make_clips, tmp_path):
     with pytest.raises(DataError, match="the tokenizer counted 1 texts, expected 2"):
         run(tmp_path / "out", make_clips(6), count_tokens=lambda texts: [3])
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, no_waiting):
+    """What Python holds at the most, of a corpus and of eight times of it, both of more than one shard."""
+
+    def peak(count):
+        def clips():
+            return (Clip(f"row-{index}", NO_AUDIO, f"text {index}", 0.0) for index in range(count))
+
+        tracemalloc.start()
+        try:
+            options = PrepareOptions(shards_multiple_of=1, max_shard_mb=1)
+            info = prepare_dataset(tmp_path / str(count), {"train": clips}, options).info
+            return tracemalloc.get_traced_memory()[1], len(info["splits"]["train"]["shards"])
+        finally:
+            tracemalloc.stop()
+
+    peak(1)  # what is imported and kept at the first use
+    (small, few), (large, many) = peak(500), peak(4000)
+    assert few > 4
+    assert large < small + 4096 * (many - few), "an entry of each shard is kept, and written down"
+    assert 4096 * (many - few) < 70 * 3500, "3500 rows more, all kept, would be several times as much"

@@ -104,6 +104,7 @@ def test_one_row_is_read_without_its_neighbours(made):
 
 def test_few_files_stay_open(made, monkeypatch):
     monkeypatch.setattr(prepared, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(prepared, "_open_files", prepared._OpenFiles())
     for clip in [*iter_prepared(made, "train"), *iter_prepared(made, "train")]:
         if clip.audio is not NO_AUDIO:
             clip.audio.read()
