@@ -37,6 +37,7 @@ ACTIONS = {
         "list": "show the bundled datasets",
         "fetch": "fetch or make bundled datasets",
         "inspect": "what a dataset holds, and which rows to look at",
+        "cache": "compute, look at or remove the cached features of frozen encoders",
     },
 }
 
