@@ -117,8 +117,9 @@ class FeatureCache(CachedFeatures):
         wanted = {name: request for name, request in zip(report.names, requests, strict=True) if name}
         if wanted:
             self._open(make=True)
+            unnamed = read_key_file(self.folder) is None
             too_large = cap is not None and features_bytes() > cap.max_bytes
-            if too_large or not self._is_complete(list(wanted)):
+            if unnamed or too_large or not self._is_complete(list(wanted)):
                 encoding = _Encoding(encode, limits, max_batch_seconds, report, on_progress)
                 with building(self.folder):
                     self._extend(wanted, cap, encoding)
@@ -161,8 +162,8 @@ class FeatureCache(CachedFeatures):
 
     def _extend(self, wanted: dict[str, FeatureRequest], cap: SizeCap | None, encoding: "_Encoding") -> None:
         """Make what is missing. The folder's lock must be held."""
-        self._write_key_file()
         number = 1 + max((shard.number for shard in find_shards(self.folder)), default=0)
+        self._write_key_file()
         self._open()  # another builder may have been at work
         damaged = self._drop_damaged(list(wanted))
         self._open()
@@ -216,10 +217,10 @@ class FeatureCache(CachedFeatures):
         return rows
 
     def _write_key_file(self) -> None:
-        if read_key_file(self.folder) is None:
-            said = {"version": FORMAT_VERSION, "encoder": self.encoder, "key": asdict(self.key)}
-            content = json.dumps({**said, "made_by": f"ultravox {__version__}"}, indent=2)
-            atomic_write(self.folder / KEY_FILE, content + "\n")
+        """Say in words what the folder holds, for `ultravox data cache info`. The folder's lock must be held."""
+        said = {"version": FORMAT_VERSION, "encoder": self.encoder, "key": asdict(self.key)}
+        content = json.dumps({**said, "made_by": f"ultravox {__version__}"}, indent=2)
+        atomic_write(self.folder / KEY_FILE, content + "\n")
 
 
 class _Room:

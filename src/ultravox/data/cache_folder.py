@@ -132,9 +132,11 @@ class KeyInfo:
     @property
     def health(self) -> str:
         """In words."""
+        if self.version is None:
+            return f"without a readable {KEY_FILE}: the next run that needs it writes one"
         if self.version != FORMAT_VERSION:
-            kind = "older" if self.version is not None and self.version < FORMAT_VERSION else "unknown"
-            return f"of an {kind} version of the format: not used, clear it"
+            kind = "older" if self.version < FORMAT_VERSION else "newer"
+            return f"of {kind} format: not used by this version; clear it"
         faults = [f"{self.num_unreadable_shards} shards unreadable"] * bool(self.num_unreadable_shards)
         faults += [f"{self.num_damaged_entries} entries damaged"] * bool(self.num_damaged_entries)
         return ", ".join(faults) or ("not checked" if self.num_damaged_entries is None else "whole")
@@ -151,11 +153,11 @@ def describe(folder: Path, verify: bool = False) -> KeyInfo:
     if said is None and (folder / _OLD_INDEX).is_file():
         return _describe_version_1(folder)
     said = said or {}
-    key = said.get("key") or {}
+    key = said["key"] if isinstance(said.get("key"), dict) else {}
     info = KeyInfo(
         folder.name,
-        said.get("version"),
-        str(said.get("encoder") or key.get("encoder_hash", "unknown")),
+        int(said["version"]) if isinstance(said.get("version"), int) else None,
+        str(said.get("encoder") or _short_hash(key)),
         str(key.get("preprocessing", "unknown")),
         int(key.get("num_channels", 0)),
         str(key.get("dtype", "unknown")),
@@ -192,7 +194,7 @@ def _describe_version_1(folder: Path) -> KeyInfo:
     info = KeyInfo(
         folder.name,
         1,
-        str(key.get("encoder_hash", "unknown")),
+        _short_hash(key),
         str(key.get("preprocessing", "unknown")),
         int(key.get("num_channels", 0)),
         str(key.get("dtype", "unknown")),
@@ -205,6 +207,11 @@ def _describe_version_1(folder: Path) -> KeyInfo:
     with alone(folder / LOCK_FILE) as free:
         info.in_use = not free
     return info
+
+
+def _short_hash(key: dict[str, Any]) -> str:
+    """What an encoder is called of which no name is known."""
+    return f"weights {str(key.get('encoder_hash', 'unknown'))[:12]}"
 
 
 @dataclass(slots=True)

@@ -81,7 +81,8 @@ class CachedFeatures:
         return bool(self._find([name])[0] >= 0)
 
     def num_frames(self, name: str) -> int:
-        return int(self._entries["rows"][self._place(name)])
+        place = self._place(name)
+        return int(self._entries["rows"][place])
 
     def frames(self, name: str) -> np.ndarray:
         """Frames of an entry, [frame, channel], read-only view of the file.

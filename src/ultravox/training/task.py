@@ -31,7 +31,7 @@ class Batch(Protocol):
 
 
 class LoadedBatch(Protocol):
-    """A batch and its place; see `ultravox.data.loader.Loaded`."""
+    """A batch and its place, as the data's loader has made it."""
 
     @property
     def batch(self) -> Any: ...
@@ -47,7 +47,7 @@ class LoadedBatch(Protocol):
 
 
 class LoadedStep(Protocol):
-    """The batches of one step and where the next one begins; see `ultravox.data.loader.LoadedStep`."""
+    """The batches of one step, and where the next one begins."""
 
     @property
     def batches(self) -> Sequence[LoadedBatch]: ...
