@@ -174,6 +174,30 @@ def test_what_a_failed_run_made_is_not_made_again(tmp_path):
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+def test_what_failed_or_is_gone_is_made_again(tmp_path):
+    source = write_texts(tmp_path / "a.txt", NUMBERS)
+    ill = [True]
+
+    class Moody(Hum):
+        def speak(self, text, pace, noise):
+            if ill[0] and "number 8" in text:
+                raise NetworkError("the server is gone")
+            waveform = super().speak(text, pace, noise)
+            return waveform * 0 if ill[0] and "number 1" in text else waveform
+
+    recipe = Recipe([voice(make=Moody)], max_quarantine_share=0.3)
+    with pytest.raises(NetworkError):
+        make_speech_dataset(tmp_path / "1" / "out", source, recipe, workers=1)
+    journal = (tmp_path / "1" / "out" / "journal.jsonl").read_text()
+    assert journal.count("\n") == 3, "two shards of three"
+    (tmp_path / "1" / "out" / "audio" / "0000" / "00000005.flac").unlink()
+    ill[0] = False
+    info = make_speech_dataset(tmp_path / "1" / "out", source, recipe, workers=1)
+    assert (info["splits"]["train"]["num_clips"], info["readings_quarantined"]) == (10, 0)
+    make_speech_dataset(tmp_path / "2" / "out", source, recipe)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
 def test_a_finished_folder_is_left_as_it_is(tmp_path):
     source, recipe = write_texts(tmp_path / "a.txt", NUMBERS), Recipe([voice()])
     info = make_speech_dataset(tmp_path / "out", source, recipe)

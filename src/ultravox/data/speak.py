@@ -138,7 +138,7 @@ class _Work:
     faults: list[str] = field(default_factory=list)
 
     def find(self, number: int, shard: Shard) -> list[Spoken] | None:
-        """A finished shard, when all of its files are there."""
+        """A finished shard, when all of its files are there: a reading that failed has none, and is tried again."""
         seconds = self.journal.get(KIND, number) if self.journal else None
         if seconds is None or not all(path.is_file() for _, path in shard.jobs):
             return None
@@ -162,7 +162,7 @@ class _Work:
                 voices[reading.voice] = self.voices[reading.voice](shard.seed)
             spoken.append(self._speak(voices[reading.voice], reading, path))
             advance(1)
-        if self.journal and not any(one.fault for one in spoken):
+        if self.journal:
             self.journal.add(KIND, number, [one.seconds for one in spoken])
         return spoken
 
@@ -178,7 +178,7 @@ class _Work:
                     f"{len(self.faults)} of {self.total} readings failed, more than the {self.max_faults} that may; "
                     f"the first: {self.faults[0]}"
                 ) from error
-            path.unlink(missing_ok=True)  # of an earlier try
+            path.unlink(missing_ok=True)  # of a try before it
             return Spoken(0.0, str(error))
         buffer = io.BytesIO()
         soundfile.write(buffer, waveform, SAMPLE_RATE, subtype="PCM_16", format="FLAC")

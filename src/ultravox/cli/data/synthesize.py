@@ -215,8 +215,10 @@ def _source(args: argparse.Namespace) -> "TextSource":
         from concurrent.futures import ThreadPoolExecutor
 
         from ultravox.data.speak import num_cores
+        from ultravox.packages import working
 
-        with ThreadPoolExecutor(args.workers or num_cores()) as pool:
+        message = f"{args.writer_model} writes {len(prompts)} texts"
+        with working(message), ThreadPoolExecutor(args.workers or num_cores()) as pool:
             return list(pool.map(endpoint.chat, prompts, range(seed, seed + len(prompts))))
 
     return WrittenTexts(write, args.writer_model, args.num_texts, *wishes, where=endpoint.url)
