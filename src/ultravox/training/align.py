@@ -24,7 +24,9 @@ class AlignTask(SpeechTask):
         table = model.get_input_embeddings().weight
         self.alignment = CtcAlignment(table, torch.from_numpy(vocabulary), stage.align.match_weight)
         self.extra = self.alignment
-        self._targets = {id(e): self.alignment.targets(torch.from_numpy(e.transcript)) for e in self.examples}
+        self._targets: dict[int, torch.Tensor] = {}
+        for example in self.examples:
+            self.prepare(example)
 
     def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
         """CTC needs a position for each token, and a blank between equal neighbours; versions without are left out."""
@@ -44,6 +46,10 @@ class AlignTask(SpeechTask):
             )
         width = max(map(len, lengths))
         return selected, [row + [0] * (width - len(row)) for row in lengths]
+
+    def prepare(self, example: Example) -> None:
+        """Its targets."""
+        self._targets[id(example)] = self.alignment.targets(torch.from_numpy(example.transcript))
 
     def loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum over clips of CTC and matching loss; the count is target tokens."""

@@ -66,6 +66,10 @@ class SpeechTask(abc.ABC):
         """The examples that can be trained on, and the tokens of each of their versions (0 = left out)."""
 
     @abc.abstractmethod
+    def prepare(self, example: Example) -> None:
+        """Keep what `loss` needs of an example, whether it is one of this task's own or made to measure something."""
+
+    @abc.abstractmethod
     def loss(self, batch: SpeechBatch) -> LossOutput:
         """Forward pass."""
 

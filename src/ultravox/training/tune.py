@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +28,9 @@ class TuneTask(SpeechTask):
         self.budget_counts_padding = not self._packs
         super().__init__(model, processor, data, stage, seed)
         self.pad_token_id = int(self.tokenizer.pad_token_id)
-        kind = stage.tune.loss_mask
-        self._masks = {id(e): loss_mask(e.input_ids, e.supervised, self.audio_token_id, kind) for e in self.examples}
+        self._masks: dict[int, np.ndarray] = {}
+        for example in self.examples:
+            self.prepare(example)
 
     def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
         """All examples; their length is text and audio together."""
@@ -37,6 +39,11 @@ class TuneTask(SpeechTask):
         ]
         width = max(map(len, rows), default=0)
         return examples, [row + [0] * (width - len(row)) for row in rows]
+
+    def prepare(self, example: Example) -> None:
+        """Where its loss counts."""
+        kind = self.stage.tune.loss_mask
+        self._masks[id(example)] = loss_mask(example.input_ids, example.supervised, self.audio_token_id, kind)
 
     def loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum of the supervised tokens' cross-entropies, and their number."""
