@@ -25,7 +25,6 @@ class AlignTask(SpeechTask):
         table = model.get_input_embeddings().weight
         self.alignment = CtcAlignment(table, torch.from_numpy(vocabulary), stage.align.match_weight)
         self.extra = self.alignment
-        self._targets = [self.alignment.targets(torch.from_numpy(e.transcript)) for e in self.examples]
 
     def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
         """CTC needs a position for each token, and a blank between equal neighbours; versions without are left out.
@@ -52,7 +51,7 @@ class AlignTask(SpeechTask):
     def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum over clips of CTC and matching loss; the count is target tokens."""
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=True)
-        targets = [self._targets[place] for place in batch.places]
+        targets = [self.alignment.targets(torch.from_numpy(transcript)) for transcript in batch.transcripts]
         target_lengths = torch.tensor([len(target) for target in targets])
         total, ctc, count = self.alignment.loss(embeddings.float(), token_lengths, torch.cat(targets), target_lengths)
         num_tokens = int(token_lengths.sum())

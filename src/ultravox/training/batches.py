@@ -25,25 +25,63 @@ class SpeechBatch:
     ids: list[str]
     uids: list[str]
     sources: list[int]
-    places: list[int]
-    """Places in the task's examples, or in those kept out of training."""
     input_ids: list[np.ndarray]
     """Conversations with one placeholder per recording, each [token]."""
     supervised: list[np.ndarray]
     """True on what the assistant says, each [token]."""
+    transcripts: list[np.ndarray]
+    """Tokens of each row's text alone, [token]."""
     audio_tokens: list[list[int]]
     """Language model positions of each recording of each row."""
+    num_windows: list[int]
+    """Of each row."""
     values: Tensor
     """[window, step, channel]; no window where no row has a recording."""
     lengths: Tensor
     """[window]."""
     encoded: bool
     """Whether `values` are frames of a frozen encoder."""
-    audio_seconds: float
+    seconds: list[float]
+    """Of each row's audio."""
     faults: list[tuple[str, str]]
     """Reason and name of the recordings that could not be decoded; their rows are not in the batch."""
     epoch: int = 0
     augment_seed: tuple[int | str, ...] = ()
+
+    @property
+    def audio_seconds(self) -> float:
+        """Of all rows."""
+        return sum(self.seconds)
+
+    def halves(self) -> "list[SpeechBatch]":
+        """The first and the second half of the rows, each without the other's padding.
+
+        Augmentation of frames is drawn anew for each half.
+        """
+        middle = len(self.ids) // 2
+        cut = sum(self.num_windows[:middle])
+        parts = [(slice(middle), slice(cut)), (slice(middle, None), slice(cut, None))]
+        return [self._part(rows, windows, number) for number, (rows, windows) in enumerate(parts)]
+
+    def _part(self, rows: slice, windows: slice, number: int) -> "SpeechBatch":
+        lengths = self.lengths[windows]
+        return SpeechBatch(
+            self.ids[rows],
+            self.uids[rows],
+            self.sources[rows],
+            self.input_ids[rows],
+            self.supervised[rows],
+            self.transcripts[rows],
+            self.audio_tokens[rows],
+            self.num_windows[rows],
+            self.values[windows, : int(lengths.max())] if len(lengths) else self.values[windows],
+            lengths,
+            self.encoded,
+            self.seconds[rows],
+            [],
+            self.epoch,
+            (*self.augment_seed, number),
+        )
 
 
 Choice = tuple[int, int, int]
@@ -100,7 +138,8 @@ class BatchMaker:
 
     def _make(self, choices: list[Choice], epoch: int, copies: list[int]) -> SpeechBatch:
         windows: list[np.ndarray] = []
-        made = SpeechBatch([], [], [], [], [], [], [], torch.zeros(0), torch.zeros(0), self.encoded, 0.0, [], epoch)
+        nothing = torch.zeros(0)
+        made = SpeechBatch([], [], [], [], [], [], [], [], nothing, nothing, self.encoded, [], [], epoch)
         for (place, version_number, prompt), copy in zip(choices, copies, strict=True):
             example = self.examples[place]
             version = example.versions[version_number]
@@ -112,11 +151,12 @@ class BatchMaker:
             made.ids.append(example.id)
             made.uids.append(example.uid)
             made.sources.append(example.source)
-            made.places.append(place)
             made.input_ids.append(example.prompts[prompt][0])
             made.supervised.append(example.prompts[prompt][1])
-            made.audio_tokens.append([self.audio_tokens(self._frames(recording)) for recording in recordings])
-            made.audio_seconds += version.seconds
+            made.transcripts.append(example.transcript)
+            made.audio_tokens.append([self.audio_tokens(self.frames(recording)) for recording in recordings])
+            made.num_windows.append(sum(map(len, recordings)))
+            made.seconds.append(version.seconds)
             windows += [window for recording in recordings for window in recording]
         if windows:
             made.values, made.lengths = pad_frames(windows)
@@ -135,7 +175,7 @@ class BatchMaker:
             found.append(self.features.heard(waveform))
         return found
 
-    def _frames(self, recording: list[np.ndarray]) -> list[int]:
+    def frames(self, recording: list[np.ndarray]) -> list[int]:
         """Encoder frames of each window."""
         steps = [len(window) for window in recording]
         return steps if self.encoded else self.features.encoder.frame_lengths(torch.tensor(steps)).tolist()
