@@ -86,6 +86,17 @@ class MemoryModel:
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class OfLongest:
+    """The same, asked as a plan asks: all rows of a batch as long as its longest."""
+
+    model: MemoryModel
+
+    def predict(self, num_rows: np.ndarray, audio_tokens: np.ndarray, text_tokens: np.ndarray) -> np.ndarray:
+        """Bytes of batches, of the rows' number and the tokens of the longest row, each [batch]."""
+        return self.model.predict(num_rows, num_rows * audio_tokens, num_rows * text_tokens)
+
+
 def spread_rows(num_rows: int, audio_tokens: int, text_tokens: int) -> list[tuple[int, int]]:
     """Audio and text tokens of each row of a measured batch; they sum up to those of the shape."""
     share = np.linspace(1 - SPREAD, 1 + SPREAD, num_rows) / num_rows if num_rows > 1 else np.ones(1)

@@ -15,10 +15,11 @@ import torch
 from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE
 from ultravox.data.collate import pad_frames
 from ultravox.errors import UltravoxError
+from ultravox.training.batches import SpeechBatch
 from ultravox.training.measure import memory_bytes
 from ultravox.training.memory import release_freed_memory
-from ultravox.training.memory_model import Measure, spread_rows
-from ultravox.training.batches import SpeechBatch
+from ultravox.training.memory_model import Measure, MemoryModel, calibrate, spread_rows
+from ultravox.training.progress import bar
 from ultravox.training.speech_task import SpeechTask
 
 PROMPT_TOKENS = 3  # before the audio; all others are supervised, which takes most
@@ -79,6 +80,18 @@ def run_probe(task: SpeechTask, batch: SpeechBatch) -> None:
     finally:
         for parameter in parameters:
             parameter.grad = None
+
+
+def calibrate_task(task: SpeechTask) -> MemoryModel:
+    """A model of what a task's batches take, from a few that are run. Draws no random number of the run."""
+    with torch.random.fork_rng(), bar("measuring memory", unit="batches") as on_probe:
+        return calibrate(
+            measure_task(task),
+            max_batch_tokens=task.stage.max_batch_tokens,
+            max_audio_tokens=max(1, int(task.audio_tokens.max())),
+            max_text_tokens=max(4, int(task.text_tokens.max())),
+            on_probe=on_probe,
+        )
 
 
 def measure_task(task: SpeechTask) -> Measure:

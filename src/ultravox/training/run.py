@@ -28,6 +28,8 @@ from ultravox.training.align import AlignTask
 from ultravox.training.interrupt import StopRequest, stop_on_signals
 from ultravox.training.measure import matmul_flop_rate, memory_bytes, peak_memory_bytes
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
+from ultravox.training.memory_model import MemoryModel
+from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
 from ultravox.training.progress import TerminalProgress
 from ultravox.training.run_folder import clear, lock, require_free
@@ -172,6 +174,10 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     groups = task.parameter_groups()
     if not groups:
         raise UltravoxError(f"stage {stage.name} trains nothing: every learning rate is 0 or belongs to a frozen part")
+    if stage.max_batch_memory_gb is not None:
+        known = start.state["memory"] if start is not None else None
+        memory = calibrate_task(task) if known is None else MemoryModel.from_json(known)
+        task.limit_memory(memory, round(stage.max_batch_memory_gb * 1e9))
     optimizer = Optimizer(groups, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
     state = LoopState()
     if start is not None:
@@ -204,6 +210,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
             "data": context.data.fingerprints,
             "sizes": context.data.sizes,
             "order": task.order.fingerprint,
+            "memory": None if task.memory is None else task.memory.to_json(),
             "run": {
                 "seconds": seconds,
                 "feature_cache_seconds": run.feature_cache_seconds,

@@ -20,6 +20,7 @@ from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import word_error_rate
 from ultravox.training.batches import BatchMaker, SpeechBatch
 from ultravox.training.features import augment
+from ultravox.training.memory_model import MemoryModel, OfLongest
 from ultravox.training.optim import ParameterGroup
 from ultravox.training.speech import Example, SpeechData, source_key
 from ultravox.training.task import LossOutput
@@ -48,14 +49,23 @@ class SpeechTask(abc.ABC):
         waveform = stage.augment.waveform
         augmenter = WaveformAugmenter(EffectSettings(**waveform.model_dump())) if waveform.active else None
         self.maker = self._maker(chosen, from_cache=data.uses_cache(stage), augmenter=augmenter)
-        self.examples, audio_tokens, text_tokens = self._select(chosen)
+        self.examples, self.audio_tokens, self.text_tokens = self._select(chosen)
         self.maker.examples = self.examples
-        self.order = DataOrder(
-            audio_tokens,
-            text_tokens,
+        self.order = self._planned(Limits(stage.max_batch_tokens, self.plan_mode))
+        self.memory: MemoryModel | None = None
+
+    def limit_memory(self, memory: MemoryModel, max_bytes: int) -> None:
+        """Plan anew, with batches that are predicted to take no more than `max_bytes` beside what is in use before."""
+        self.memory = memory
+        self.order = self._planned(Limits(self.stage.max_batch_tokens, self.plan_mode, OfLongest(memory), max_bytes))
+
+    def _planned(self, limits: Limits) -> DataOrder:
+        return DataOrder(
+            self.audio_tokens,
+            self.text_tokens,
             self._mixture(),
-            Limits(stage.max_batch_tokens, self.plan_mode),
-            seed=seed,
+            limits,
+            seed=self.seed,
             fingerprint=fingerprint([example.uid for example in self.examples]),
         )
 
@@ -101,6 +111,10 @@ class SpeechTask(abc.ABC):
         batch = self.maker.planned(planned, position.epoch)
         batch.augment_seed = (self.seed, self.stage.name, *position)
         return batch
+
+    def halves(self, batch: SpeechBatch) -> list[SpeechBatch]:
+        """See `Task`."""
+        return batch.halves()
 
     def first_versions(self, examples: list[Example]) -> SpeechBatch:
         """Examples at their first speed, with their first prompt, as they are."""

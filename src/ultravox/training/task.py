@@ -63,6 +63,10 @@ class Task(Protocol):
         """Forward pass."""
         ...
 
+    def halves(self, batch: Any) -> Sequence[Any]:
+        """A batch of several examples as two, for when it does not fit into memory."""
+        ...
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """What trains, with unique names."""
         ...

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ultravox.errors import UltravoxError
 from ultravox.training.interrupt import StopRequest, TrainingInterrupted
 from ultravox.training.optim import Optimizer, lr_factor
+from ultravox.training.splitting import run_with_splitting
 from ultravox.training.task import LoadedBatch, LoadedStep, LossOutput, Task
 
 #: A loss so many times the usual one is a spike; the usual one is a running mean over about 1 / SMOOTHING steps.
@@ -95,6 +97,8 @@ class StepRecord:
     """The examples of a step that was not taken, because its loss or gradient was not finite."""
     spike_ids: list[str] | None = None
     """The examples of a step whose loss stands far above the usual."""
+    split_ids: list[list[str]] | None = None
+    """The examples of each batch that did not fit into memory, and was run in halves."""
 
 
 class Callback(Protocol):
@@ -185,17 +189,23 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
     num_tokens = 0
     metrics: dict[str, float] = {}
     ids: list[str] = []
+    splits: list[list[str]] = []
     for batch in (item.batch for item in loaded.batches):
         ids.extend(batch.ids)
-        output: LossOutput = task.loss(batch)
-        if math.isfinite(value := output.sum.item()) and output.sum.requires_grad:
-            output.sum.backward()
-        loss_sum += value
-        count += output.count
-        audio_seconds += output.audio_seconds
-        num_tokens += output.num_tokens
-        for name, number in output.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + number
+        outputs = run_with_splitting(
+            partial(_forward_and_backward, task),
+            batch,
+            task.halves,
+            lambda whole, _: splits.append(list(whole.ids)),
+            parameters=optimizer.parameters,
+        )
+        for output in outputs:
+            loss_sum += output.sum.item()
+            count += output.count
+            audio_seconds += output.audio_seconds
+            num_tokens += output.num_tokens
+            for name, number in output.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + number
     state.epoch, state.window, state.batch = loaded.after
     factor = settings.lr_factor(state.step)
     norm = math.nan
@@ -225,7 +235,17 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
         metrics={name: number / count for name, number in metrics.items()} if count else {},
         skipped_ids=None if taken else ids,
         spike_ids=ids if taken and is_spike else None,
+        split_ids=splits or None,
     )
+
+
+def _forward_and_backward(task: Task, batch: Any) -> LossOutput:
+    """Loss of a batch, whose gradients are added to what is there; the graph is gone afterwards."""
+    output = task.loss(batch)
+    if output.sum.requires_grad and math.isfinite(output.sum.item()):
+        output.sum.backward()
+    output.sum = output.sum.detach()
+    return output
 
 
 def _evaluate(task: Task, settings: LoopSettings, state: LoopState, callbacks: Sequence[Callback]) -> None:

@@ -62,20 +62,21 @@ def _build(args: argparse.Namespace) -> int:
     if config.data.cache == "none":
         raise UltravoxError("a run of this config caches nothing (data.cache: none): there is nothing to build")
 
-    from ultravox.model.factory import build_model
-    from ultravox.training.speech import cache_features, choose_clips
+    from ultravox.model.factory import build_model, build_processor
+    from ultravox.training.speech import prepare_speech
 
-    choice = choose_clips(config)
-    features, report = cache_features(config, build_model(config.model), choice)
-    report.require(config.data.max_quarantine_share, choice.num_clips)
-    done = [version for version, name in zip(choice.versions, report.names, strict=True) if name is not None]
-    hours = sum(clip.duration / speed for _, clip, speed in done) / 3600
-    left_out = ", ".join(f"{count} {reason}" for reason, count in report.quarantine.counts().items())
+    data = prepare_speech(config, build_model(config.model), build_processor(config.model))
+    if not data.cached:
+        raise UltravoxError("every stage of this config augments waveforms, so that a run caches nothing")
+    report, examples = data.cache_report, [*data.examples, *data.progress_examples]
+    versions = [version for example in examples for version in example.versions]
+    hours = sum(version.seconds for version in versions) / 3600
+    left_out = ", ".join(f"{count} {reason}" for reason, count in data.quarantine.counts().items())
     print(
-        f"{len({str(clip.audio) for _, clip, _ in done})} clips, {len(done)} versions with their speeds, "
+        f"{len(examples)} clips, {len(versions)} versions with their speeds, "
         f"{hours:.2f} h, {_size(report.num_bytes)}{f'; left out: {left_out}' if left_out else ''}\n"
         f"{report.num_encoded} encoded in {report.num_encoder_calls} encoder calls, {report.seconds:.1f} s "
-        f"({report.wait_seconds:.1f} s of it waiting for decoded audio)\n{features.cache.folder}"
+        f"({report.wait_seconds:.1f} s of it waiting for decoded audio)\n{data.features.cache.folder}"
     )
     return 0
 
