@@ -51,19 +51,11 @@ class AudioHashes:
         for index in np.flatnonzero(remembered):
             found[files[index]] = digests[64 * index : 64 * (index + 1)]
         unknown = [audio for audio, digest in found.items() if digest is None]
+        self.num_read += sum(not hasattr(audio, "sha256") for audio in unknown)
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            found.update(zip(unknown, pool.map(self._digest, unknown), strict=True))
+            found.update(zip(unknown, pool.map(_digest, unknown), strict=True))
         self._remember(files, records, remembered, found)
         return found
-
-    def _digest(self, audio: Audio) -> str | None:
-        try:
-            if (own := getattr(audio, "sha256", None)) is not None:
-                return own()
-            self.num_read += 1
-            return audio_sha256(audio)
-        except AudioError:
-            return None
 
     def _look_up(self, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
         """What is known of each file: records [file] as the files are now, and whether the table has their hash."""
@@ -124,3 +116,10 @@ class AudioHashes:
         if (magic, version) != (_MAGIC, FORMAT_VERSION) or zlib.crc32(records) != crc:
             return np.zeros(0, _RECORD)
         return np.frombuffer(records, _RECORD)
+
+
+def _digest(audio: Audio) -> str | None:
+    try:
+        return audio.sha256() if hasattr(audio, "sha256") else audio_sha256(audio)
+    except AudioError:
+        return None
