@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ultravox.audio.augment import generator_for
-from ultravox.data.loader import BatchOrder
+from ultravox.data.mixture import Mixture
+from ultravox.data.order import DataOrder
+from ultravox.data.plan import Limits
 from ultravox.training.optim import Optimizer, ParameterGroup
 from ultravox.training.task import LossOutput, Position
 
@@ -28,15 +31,16 @@ class ToyTask:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(num_examples, 5, generator=generator)
         self.y = self.x @ torch.randn(5, 2, generator=generator)
-        self.order = BatchOrder([[1]] * num_examples, [1] * num_examples, budget, seed=3)
+        ones = np.ones((num_examples, 1), dtype=np.int32)
+        self.order = DataOrder(ones, 0 * ones, Mixture({"toy": num_examples}, seed=3), Limits(budget), seed=3)
         self.noise, self.nan_at, self.num_batch_calls, self.num_evaluations = noise, nan_at, 0, 0
         self.seen: list[list[str]] = []
 
     def num_batches(self, epoch: int) -> int:
-        return self.order.num_batches(epoch)
+        return self.order.num_batches(epoch, 0)
 
     def batch(self, position: Position) -> ToyBatch:
-        index = [item.example for item in self.order.batch(position.epoch, position.batch)]
+        index = self.order.batch(position.epoch, 0, position.batch).rows.tolist()
         generator = generator_for(0, "toy", position.epoch, position.batch)
         noise = self.noise * torch.randn(len(index), 5, generator=generator)
         ids = [f"clip-{i}" for i in index]

@@ -21,7 +21,7 @@ from ultravox.config.data import AugmentConfig, SourceConfig
 from ultravox.config.schema import RunConfig
 from ultravox.data.cache import CacheKey, CacheReport, FeatureCache, FeatureRequest
 from ultravox.data.collate import WindowSlots, pad_frames
-from ultravox.data.loader import fingerprint
+from ultravox.data.fingerprint import fingerprint
 from ultravox.data.manifest import Clip
 from ultravox.data.prompts import Task, messages_for, render
 from ultravox.data.sources import load_clips

@@ -3,14 +3,18 @@
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ultravox.audio.lengths import num_audio_tokens
 from ultravox.config.schema import StageConfig
-from ultravox.data.loader import BatchOrder
+from ultravox.data.mixture import Mixture
+from ultravox.data.order import DataOrder, OrderPosition
+from ultravox.data.plan import Limits
 from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import word_error_rate
 from ultravox.training.optim import ParameterGroup
@@ -38,6 +42,15 @@ class SpeechBatch:
         return sum(example.seconds[version] for example, version in zip(self.examples, self.versions, strict=True))
 
 
+def _mixture(examples: Sequence[Example], seed: int) -> Mixture:
+    """What an epoch is made of: each example as often as its source says."""
+    runs = [(key, len(list(run))) for key, run in groupby(examples, key=lambda e: (e.source, e.repeat))]
+    names = [f"{source} ({index})" for index, ((source, _), _) in enumerate(runs)]
+    sizes = {name: size for name, (_, size) in zip(names, runs, strict=True)}
+    repeats = {name: repeat for name, ((_, repeat), _) in zip(names, runs, strict=True)}
+    return Mixture(sizes, repeats=repeats, seed=seed)
+
+
 class SpeechTask(abc.ABC):
     """A task on a model that hears. Subclasses choose the examples, their lengths and the loss."""
 
@@ -56,10 +69,10 @@ class SpeechTask(abc.ABC):
         """The example of each version that this objective cannot use."""
         chosen = [e for e in data.examples if stage.sources is None or e.source in stage.sources]
         self.examples, lengths = self._select(chosen)
-        repeats = [example.repeat for example in self.examples]
-        self._order = BatchOrder(
-            lengths, repeats, stage.max_batch_tokens, seed, count_padding=self.budget_counts_padding
-        )
+        limits = Limits(stage.max_batch_tokens, "padded" if self.budget_counts_padding else "packed")
+        tokens = np.asarray(lengths, dtype=np.int32)
+        no_text = np.zeros((len(tokens), 1), dtype=np.int32)
+        self._order = DataOrder(tokens, no_text, _mixture(self.examples, seed), limits, seed=seed)
 
     @abc.abstractmethod
     def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
@@ -79,12 +92,13 @@ class SpeechTask(abc.ABC):
 
     def num_batches(self, epoch: int) -> int:
         """See `Task`."""
-        return self._order.num_batches(epoch)
+        return sum(self._order.num_batches(epoch, window) for window in range(self._order.num_windows(epoch)))
 
     def batch(self, position: Position) -> SpeechBatch:
         """See `Task`."""
-        items = self._order.batch(position.epoch, position.batch)
-        examples, versions = [self.examples[item.example] for item in items], [item.version for item in items]
+        place = self._order.position_after(OrderPosition(position.epoch), position.batch)
+        items = self._order.batch(place.epoch, place.window, place.batch)
+        examples, versions = [self.examples[row] for row in items.rows], items.versions.tolist()
         return self.load(examples, versions, (self.seed, self.stage.name, position.epoch, position.batch))
 
     def load(
