@@ -1,8 +1,8 @@
 """What the encoder needs of a recording, or gives of it: from the cache, or made anew in every epoch.
 
 With a frozen encoder the cache keeps its frames. Where anything in the encoder trains, it keeps what the encoder eats,
-and the encoder runs in every step. Without the cache (waveforms that are augmented, corpora larger than a disk) the loader
-decodes, and the encoder runs in every step too.
+and the encoder runs in every step. Without the cache (waveforms that are augmented, corpora larger than a disk) the
+loader decodes, and the encoder runs in every step too.
 """
 
 import hashlib
