@@ -276,7 +276,8 @@ def test_the_examples_of_the_manual_are_right():
     manual = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     section = manual.partition("## Tasks and prompts")[2].partition("\n## ")[0]
     blocks = re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
-    sources = [source for block in blocks for source in parse_config(block).data.sources]
+    stages = "stages: [{name: tune, objective: tune, max_steps: 1}]"
+    sources = [source for block in blocks for source in parse_config(block + stages).data.sources]
     assert len(sources) >= 5
     for source in sources:
         template = PromptTemplate(source.task, source.prompts, source.response)
