@@ -1,6 +1,7 @@
 """Rows to dialogues: tasks, users' own phrasings, and rows that cannot be used."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -8,6 +9,7 @@ import pytest
 
 from ultravox.audio.content import NO_AUDIO
 from ultravox.config.data import TaskName
+from ultravox.config.load import parse_config
 from ultravox.data.manifest import Clip
 from ultravox.data.prompts import TRANSCRIBE_PROMPT, messages_for
 from ultravox.data.tasks import TASKS
@@ -228,6 +230,13 @@ def test_the_sandbox_stops_what_is_hidden_from_the_reader():
     assert tags == ["calm"]
 
 
+def test_every_name_is_a_column():
+    template = PromptTemplate("transcription", ["{{ lipsum }}{{ range }}"])
+    assert template.columns_needed == {"lipsum", "range", "text"}
+    assert reason(template, row(range="1–2")) == "without lipsum"
+    assert said(template, row(range="1–2", lipsum="of "))[0] == "<|audio|>of 1–2"
+
+
 def test_an_expression_that_fails_on_a_row_leaves_the_row_out():
     template = PromptTemplate("transcription", ["{{ 60 / score }}"])
     assert said(template, row(score=3))[0] == "<|audio|>20.0"
@@ -260,3 +269,18 @@ def test_templates_and_their_errors_reach_other_processes():
     assert said(template, row()) == ("<|audio|>r7", "good morning!")
     error = pickle.loads(pickle.dumps(UnusableRow("without text", "r7").at(3)))
     assert (str(error), error.reason) == ("row 3 (id r7) is without text", "without text")
+
+
+def test_the_examples_of_the_manual_are_right():
+    """Each source in the section makes templates, and the columns that it names are those that its comment says."""
+    manual = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    section = manual.partition("## Tasks and prompts")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
+    stages = "stages: [{name: tune, objective: tune, max_steps: 1}]"
+    sources = [source for block in blocks for source in parse_config(block + stages).data.sources]
+    assert len(sources) >= 5
+    for source in sources:
+        template = PromptTemplate(source.task, source.prompts, source.response)
+        assert template.columns_needed - {"text"} <= source.columns.keys() | {"answer", "messages", "language"}
+    for task in TASKS:
+        assert f"| `{task}` |" in section

@@ -97,7 +97,7 @@ def stretches(tokenizer: Any, messages: list[Message]) -> list[Stretch]:
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private characters, which no text and no template holds
 _SLOT = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_MARKUP = re.compile(f"[<[{_OPEN}]")
+_MARKUP = re.compile(r"[<\[]")
 Form = list[tuple[list[str | int], bool]]
 """Stretches, each of texts and of numbers of the messages whose content stands there."""
 
