@@ -23,8 +23,9 @@ from torch import Tensor
 from ultravox.audio.lengths import num_audio_tokens
 from ultravox.config.schema import LoraConfig
 from ultravox.data.plan import plan_batches
-from ultravox.data.prompts import messages_for, render
+from ultravox.data.prompts import render
 from ultravox.data.sources import load_clips
+from ultravox.data.templates import PromptTemplate
 from ultravox.model.adapters import add_lora
 from ultravox.model.factory import load_language_model, load_tokenizer
 from ultravox.model.fast_attention import use_fast_attention, use_short_attention
@@ -42,8 +43,9 @@ FRAMES_PER_SECOND, STACK_FACTOR = 50, 5
 def clip_lengths(source: str, tokenizer: Any) -> np.ndarray:
     """Tokens of each clip's conversation, audio included, and of its answer: [clip, 2]."""
     rows = []
+    template = PromptTemplate("transcription")
     for clip in load_clips(source, "train"):
-        ids, supervised = render(tokenizer, messages_for(clip, "transcription"))
+        ids, supervised = render(tokenizer, template.messages(clip))
         audio = num_audio_tokens(round(clip.duration * FRAMES_PER_SECOND), STACK_FACTOR)
         rows.append((len(ids) - 1 + audio, sum(supervised)))
     return np.array(rows)

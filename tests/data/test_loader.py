@@ -8,7 +8,8 @@ from itertools import islice
 import pytest
 import torch
 
-from ultravox.data.loader import Loader, Position
+from ultravox.data.loader import Loader
+from ultravox.data.order import Position
 from ultravox.errors import ConfigError, DataError
 
 
@@ -77,7 +78,7 @@ def test_ranks_share_each_step(workers):
 
 
 def test_ranks_that_cannot_share_evenly_are_refused():
-    with pytest.raises(ConfigError, match=r"3 ranks cannot share 4 batches.*multiple of 3"):
+    with pytest.raises(ConfigError, match=r"4 batches per step cannot be dealt to 3 processes.*multiple of 3"):
         Loader(Windows(), with_pid, batches_per_step=4, world_size=3)
 
 

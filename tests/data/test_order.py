@@ -2,14 +2,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from ultravox.data.fingerprint import fingerprint, uid
 from ultravox.data.mixture import Mixture
-from ultravox.data.order import DataOrder, OrderPosition, rank_slice
+from ultravox.data.order import DataOrder, rank_slice
 from ultravox.data.plan import Limits
 from ultravox.errors import ConfigError, DataError
 
@@ -153,19 +152,8 @@ def test_whatever_changes_the_order_changes_the_fingerprint():
     assert len({each.fingerprint for each in [order(), *others]}) == len(others) + 1
 
 
-def test_position_arithmetic_goes_through_windows_and_epochs():
+def test_there_is_nothing_behind_the_last_window():
     planned = order(window_rows=20)
-    places = [
-        OrderPosition(epoch, window, batch)
-        for epoch in range(3)
-        for window in range(planned.num_windows(epoch))
-        for batch in range(planned.num_batches(epoch, window))
-    ]
-    assert [planned.position_after(places[0], count) for count in range(len(places))] == places
-    assert all(planned.position_after(here) == there for here, there in pairwise(places))
-    assert planned.position_after(places[5], 9) == places[14]
-    with pytest.raises(IndexError, match="past the"):
-        planned.position_after(OrderPosition(0, 0, 99))
     with pytest.raises(IndexError, match="window 3 of epoch 0, which has 3"):
         planned.batch(0, 3, 0)
 

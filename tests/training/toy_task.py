@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ultravox.audio.augment import generator_for
-from ultravox.data.loader import Loader, Position
+from ultravox.data.loader import Loader
+from ultravox.data.order import Position
 from ultravox.data.plan import plan_batches
 from ultravox.training.optim import Optimizer, ParameterGroup
 from ultravox.training.task import LossOutput
@@ -71,6 +72,11 @@ class ToyTask:
         error = (self.model(batch.x) - batch.y).square()
         total = error.sum()
         return LossOutput(total, error.numel(), 0.5 * len(batch.x), 3 * len(batch.x), {"error": total.item()})
+
+    def halves(self, batch: ToyBatch) -> list[ToyBatch]:
+        cut = len(batch.ids) // 2
+        parts = [slice(cut), slice(cut, None)]
+        return [ToyBatch(batch.ids[part], batch.x[part], batch.y[part]) for part in parts]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         first, last = self.model[0], self.model[2]

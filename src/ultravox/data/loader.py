@@ -1,8 +1,8 @@
 """From the plan to the step: batches are made ahead, by worker processes or by a thread, in the plan's order.
 
 The sequence of micro-batches is one for the whole run. A step takes the next few of it, and each rank makes its share
-of them, so neither the number of ranks nor that of workers changes which example is in which step. All the state there is:
-the position of the next step, three integers.
+of them, so neither the number of ranks nor that of workers changes which example is in which step. All the state there
+is: the position of the next step, three integers.
 """
 
 from collections import deque
@@ -10,21 +10,14 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from ultravox.errors import ConfigError, DataError, UltravoxError
+from ultravox.data.order import Position, rank_slice
+from ultravox.errors import DataError, UltravoxError
 
 JOBS_AHEAD = 64
 
 T = TypeVar("T")
-
-
-class Position(NamedTuple):
-    """A place in the endless order of the data: the next batch of a window of an epoch. All count from 0."""
-
-    epoch: int = 0
-    window: int = 0
-    batch: int = 0
 
 
 class Order(Protocol):
@@ -96,13 +89,10 @@ class Loader:
         Raises:
             ConfigError: the ranks cannot share a step evenly.
         """
-        if batches_per_step % world_size:
-            raise ConfigError(
-                f"{world_size} ranks cannot share {batches_per_step} batches a step evenly: set accumulation_steps "
-                f"(batches a step, over all ranks) to a multiple of {world_size}"
-            )
+        self.mine = rank_slice(0, batches_per_step, rank, world_size)
+        """Which micro-batches of each step are this rank's."""
         self.order, self.make = order, make
-        self.batches_per_step, self.rank, self.world_size = batches_per_step, rank, world_size
+        self.batches_per_step = batches_per_step
         self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
 
     def steps(self, start: Position) -> Iterator[LoadedStep]:
@@ -116,7 +106,7 @@ class Loader:
                 made = _ahead(map(_Making(self.make), jobs), self.prefetch)
             stack.enter_context(closing(made))
             while True:
-                batches = [_checked(next(made)) for _ in range(self.batches_per_step // self.world_size)]
+                batches = [_checked(next(made)) for _ in self.mine]
                 yield LoadedStep(batches, batches[-1].after)
 
     def _jobs(self, start: Position) -> Iterator[Job]:
@@ -128,7 +118,7 @@ class Loader:
             for _ in range(self.batches_per_step):
                 step.append(upcoming)
                 upcoming = next(positions)
-            for index in range(self.rank, self.batches_per_step, self.world_size):
+            for index in self.mine:
                 yield Job(self.order.batch(*step[index]), step[index], index, upcoming)
 
     def _sequence(self, start: Position) -> Iterator[Position]:

@@ -9,6 +9,7 @@ deals the one global order out.
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,9 +23,8 @@ WINDOW_ROWS = 1 << 22
 _WINDOW = 3  # what a plan is for, in its seed
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class OrderPosition:
-    """A place in the order: the next batch. All count from 0."""
+class Position(NamedTuple):
+    """A place in the order: the next batch of a window of an epoch. All count from 0."""
 
     epoch: int = 0
     window: int = 0
@@ -140,23 +140,6 @@ class DataOrder:
         chosen = found.batches[index]
         items = found.items
         return PlannedBatch(items.rows[chosen], items.versions[chosen], items.prompts[chosen], items.copies[chosen])
-
-    def position_after(self, position: OrderPosition, count: int = 1) -> OrderPosition:
-        """The place `count` batches on, always one that there is. Plans the windows from here to there.
-
-        Raises:
-            IndexError: `position` is none that there is.
-        """
-        epoch, window, batch = position.epoch, position.window, position.batch
-        if not 0 <= batch < self.num_batches(epoch, window):
-            raise IndexError(f"{position} is past the {self.num_batches(epoch, window)} batches of its window")
-        batch += count
-        while batch >= (there := self.num_batches(epoch, window)):
-            batch -= there
-            window += 1
-            if window == self.num_windows(epoch):
-                epoch, window = epoch + 1, 0
-        return OrderPosition(epoch, window, batch)
 
     def _window(self, epoch: int, window: int) -> _Window:
         key = (epoch, window)

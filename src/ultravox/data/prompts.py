@@ -2,39 +2,20 @@
 
 import re
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
-from ultravox.data.manifest import Clip
 from ultravox.errors import DataError
 from ultravox.tokens import AUDIO_TOKEN
 
 TRANSCRIBE_PROMPT = "Transcribe"
 
 Message = dict[str, str]
-Task = Literal["transcription", "answer"]
 
 
 def user_message(text: str = "", num_clips: int = 1) -> Message:
     """A user's turn: its clips first, then its text, as vLLM orders them too. Placeholders in `text` count as clips."""
     missing = max(0, num_clips - text.count(AUDIO_TOKEN))
     return {"role": "user", "content": AUDIO_TOKEN * missing + text}
-
-
-def messages_for(clip: Clip, task: Task) -> list[Message]:
-    """One training dialogue.
-
-    Args:
-        clip: with an `answer` for the task "answer".
-        task: "transcription" = write down what is said; "answer" = reply to it.
-
-    Raises:
-        DataError: the clip has no answer.
-    """
-    if task == "transcription":
-        return [user_message(TRANSCRIBE_PROMPT), {"role": "assistant", "content": clip.text}]
-    if not clip.answer:
-        raise DataError(f"clip {clip.id} has no answer: give it one, or use the task 'transcription'")
-    return [user_message(), {"role": "assistant", "content": clip.answer}]
 
 
 def render_prompt(tokenizer: Any, messages: list[Message]) -> str:

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
-from ultravox.data.loader import LoadedStep, Loader, Position
+from ultravox.data.loader import LoadedStep, Loader
+from ultravox.data.order import Position
 from ultravox.data.sources import require_not_shrunk
 from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file

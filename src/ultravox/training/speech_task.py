@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ultravox.audio.effects import EffectSettings, WaveformAugmenter
 from ultravox.config.schema import StageConfig
 from ultravox.data.fingerprint import fingerprint
-from ultravox.data.loader import Position
 from ultravox.data.mixture import Mixture
-from ultravox.data.order import DataOrder, PlannedBatch
+from ultravox.data.order import DataOrder, PlannedBatch, Position
 from ultravox.data.plan import Limits, Mode
 from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import word_error_rate
