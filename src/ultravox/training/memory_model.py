@@ -152,15 +152,17 @@ def calibrate(
     """
     shapes = probe_shapes(max_batch_tokens, max_audio_tokens, max_text_tokens)
     measured: list[tuple[int, int, int, int]] = []
-    measure(*shapes[0])  # what is only made once, such as compiled kernels, is not the batch's
-    for index, shape in enumerate(shapes):
+    # the first one twice: what is only made once, such as compiled kernels, is not the batch's
+    for index, shape in enumerate([shapes[0], *shapes]):
         try:
-            measured.append((*shape, measure(*shape)))
+            taken = measure(*shape)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             break
-        on_probe(index + 1, len(shapes))
+        if index:
+            measured.append((*shape, taken))
+            on_probe(index, len(shapes))
     if len(measured) < MIN_PROBES:
         rows, audio, text = shapes[len(measured)]
         raise DataError(
