@@ -9,6 +9,7 @@ what the process holds before it: weights, moments of the optimizer and the libr
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ Measure = Callable[[int, int, int], int]
 SPREAD = 0.1
 
 #: What is added to the largest residual: the same batch takes so much more another time.
-REPEAT_MARGIN = 0.02
+REPEAT_MARGIN = 0.03
 #: Least number of probes: with fewer, the residuals say nothing.
 MIN_PROBES = 6
 
@@ -151,25 +152,29 @@ def calibrate(
         DataError: too few batches fit into memory.
     """
     shapes = probe_shapes(max_batch_tokens, max_audio_tokens, max_text_tokens)
-    measured: list[tuple[int, int, int, int]] = []
-    # the first one twice: what is only made once, such as compiled kernels, is not the batch's
-    for index, shape in enumerate([shapes[0], *shapes]):
-        try:
-            taken = measure(*shape)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            break
-        if index:
-            measured.append((*shape, taken))
-            on_probe(index, len(shapes))
+    small = [shape for shape in shapes if shape[1] + shape[2] <= max_batch_tokens / 2]
+    order = [*shapes, *small]
+    measured: dict[Shape, int] = {}
+    too_many = math.inf
+    for index, shape in enumerate(order):
+        if (tokens := shape[1] + shape[2]) < too_many:
+            # Small ones are measured again after large ones: among what those have left, they take more. But the very
+            # first one also pays for what is only made once, such as compiled kernels.
+            before = measured.get(shape, 0) if index > len(shapes) else 0
+            try:
+                measured[shape] = max(before, measure(*shape))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                too_many = tokens
+        on_probe(index + 1, len(order))
     if len(measured) < MIN_PROBES:
         rows, audio, text = shapes[len(measured)]
         raise DataError(
             f"a batch of {rows} rows with {audio + text} tokens does not fit into memory: lower max_batch_tokens "
             f"(now {max_batch_tokens}) or data.max_audio_seconds"
         )
-    return fit(measured)
+    return fit([(*shape, taken) for shape, taken in measured.items()])
 
 
 def probe_shapes(max_batch_tokens: int, max_audio_tokens: int, max_text_tokens: int) -> list[Shape]:
