@@ -152,7 +152,7 @@ def test_the_peak_is_what_was_held_at_once_and_not_what_was_held_before():
 
 
 REAL = """
-import json, resource, sys
+import gc, json, resource, sys
 import numpy as np
 import torch
 sys.path.insert(0, sys.argv[1])
@@ -195,18 +195,22 @@ for _ in range(6):
     rows = batch(int(random.integers(700, 1500)))
     probe = make_probe(task, rows)
     pairs.append((predicted(rows), peak_on_cpu(lambda: run_probe(task, probe))))
-large = make_probe(task, [(200, 60)] * 30)
-assert predicted([(200, 60)] * 30) > 2 * predicted([(200, 60)] * 5)
+fits, large = make_probe(task, [(200, 60)] * 5), make_probe(task, [(200, 60)] * 30)
+assert predicted([(200, 60)] * 30) > 3 * predicted([(200, 60)] * 5)
+run_probe(task, fits)  # or products compiled below, when the heap has taken all that is allowed, would find no room
+gc.collect()
+release_freed_memory()
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-slack = 64 << 20  # compiled products, and holes between what is kept
+slack = 64 << 20  # holes between what is kept
 resource.setrlimit(resource.RLIMIT_AS, (size + predicted([(200, 60)] * 5) + slack, -1))
 try:
     run_probe(task, large)
     failed = "it fitted"
 except Exception as error:
     failed = is_out_of_memory(error) or repr(error)
-release_freed_memory()  # or what is mapped, such as compiled products, finds no room
-run_probe(task, make_probe(task, [(200, 60)] * 5))
+gc.collect()
+release_freed_memory()
+run_probe(task, fits)
 print(json.dumps([pairs, failed]))
 """
 
