@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ultravox.errors import DataError
-from ultravox.training.memory_model import MIN_PROBES, TERMS, MemoryModel, calibrate, fit, probe_shapes
+from ultravox.training.memory_model import MIN_PROBES, TERMS, MemoryModel, calibrate, fit, probe_shapes, spread_rows
 from ultravox.training.memory_probe import peak_on_cpu
 
 LIMITS = {"max_batch_tokens": 1500, "max_audio_tokens": 300, "max_text_tokens": 80}
@@ -104,6 +104,18 @@ def test_probes_are_a_handful_of_small_and_large_batches():
     assert len(probe_shapes(50, 20, 12)) >= MIN_PROBES
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 4), (7, 7, 28), (12, 20, 48), (30, 1110, 300), (9, 0, 100)])
+def test_rows_of_a_measured_batch_sum_up_to_its_shape_and_all_hear_something(shape):
+    num_rows, audio_tokens, _ = shape
+    rows = spread_rows(*shape)
+    audio, text = zip(*rows, strict=True)
+    assert (len(rows), sum(audio), sum(text)) == shape
+    assert min(text) >= 4
+    assert min(audio) >= min(1, audio_tokens)
+    mean = audio_tokens / num_rows
+    assert all(0.9 * mean - 1 <= count <= 1.1 * mean + 1 for count in audio)
+
+
 def test_batches_that_do_not_fit_are_left_out_of_the_calibration():
     def measure(rows, audio, text):
         if audio + text > 1400:
@@ -117,7 +129,7 @@ def test_batches_that_do_not_fit_are_left_out_of_the_calibration():
     assert model.predict(20, 1000, 1000) > invented(20, 1000, 1000)
     told = []
     calibrated(on_probe=lambda done, total: told.append((done, total)))
-    assert told == [(number + 1, len(told)) for number in range(len(told))]
+    assert told == [(number, len(told) - 1) for number in range(len(told))]
     for name, error in [("lower max_batch_tokens", MemoryError()), ("a bug", ValueError("a bug"))]:
         with pytest.raises((DataError, ValueError), match=name):
             calibrate(lambda r, a, t, error=error: 10**8 if a + t < 100 else _raise(error), **LIMITS)

@@ -99,11 +99,16 @@ class OfLongest:
 
 
 def spread_rows(num_rows: int, audio_tokens: int, text_tokens: int) -> list[tuple[int, int]]:
-    """Audio and text tokens of each row of a measured batch; they sum up to those of the shape."""
+    """Audio and text tokens of each row of a measured batch; they sum up to those of the shape.
+
+    No row is without audio where there is enough for all: it would have no window, as no real row of that kind has.
+    """
     share = np.linspace(1 - SPREAD, 1 + SPREAD, num_rows) / num_rows if num_rows > 1 else np.ones(1)
-    ends = np.round(np.cumsum([share, np.full(num_rows, 1 / num_rows)], axis=1) * [[audio_tokens], [text_tokens]])
+    each = min(1, audio_tokens // num_rows)
+    parts = [[audio_tokens - each * num_rows], [text_tokens]]
+    ends = np.round(np.cumsum([share, np.full(num_rows, 1 / num_rows)], axis=1) * parts)
     audio, text = np.diff(ends.astype(int), axis=1, prepend=0)
-    return list(zip(audio.tolist(), text.tolist(), strict=True))
+    return list(zip((audio + each).tolist(), text.tolist(), strict=True))
 
 
 def _terms(num_rows: Any, audio_tokens: Any, text_tokens: Any, longest: Any = None) -> dict[str, np.ndarray]:
@@ -156,6 +161,7 @@ def calibrate(
     order = [*shapes, *small]
     measured: dict[Shape, int] = {}
     too_many = math.inf
+    on_probe(0, len(order))
     for index, shape in enumerate(order):
         if (tokens := shape[1] + shape[2]) < too_many:
             # Small ones are measured again after large ones: among what those have left, they take more. But the very
