@@ -139,10 +139,8 @@ def prepared(count: int) -> tuple[TuneTask, list[SpeechBatch], list[int], int]:
     probes = [make_probe(task, batch) for batch in batches]
     keep_freed_memory()  # only now: what the encoder has freed would leave holes between the batches
     run_probe(task, make_probe(task, [(4, 12)]))  # threads and kernels are there once
-    print(virtual_bytes(), file=sys.stderr)
     gc.collect()
     release_freed_memory()
-    print(virtual_bytes(), file=sys.stderr)
     return task, probes, [predicted(model, batch) for batch in batches], virtual_bytes()
 
 

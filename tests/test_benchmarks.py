@@ -312,3 +312,13 @@ def test_preparing_keeps_its_promises():
     assert kept["speed"]["flac 16 kHz"]["times_real_time_per_core"]["mean"] >= 150
     assert kept["speed"]["flac 16 kHz"]["times_real_time_per_core"]["n"] >= 3
     assert all(kind["ratio"] < 1.1 and kind["rows"][1] == 4 * kind["rows"][0] for kind in kept["memory"].values())
+
+
+def test_memory_is_predicted_as_well_as_promised():
+    """Of the kept measurement: no batch took more than was predicted, and no prediction is 15 % above it."""
+    kept = json.loads((KEPT / "memory.json").read_text())["predict"]
+    shares = [batch["predicted"] / batch["measured"] for batch in kept["batches"]]
+    assert len(shares) == 50
+    assert min(shares) >= 1
+    assert max(shares) <= 1.15
+    assert kept["above_measured"]["beside_base_min"] == pytest.approx(min(shares) - 1)
