@@ -6,8 +6,8 @@ The quickstart's stage `tune` (SmolLM2-135M with LoRA on a frozen Whisper tiny.e
 the real task. The batches are those that the planner cuts out of random datasets with random budgets. Each step is
 a process of its own; all but the first take the calibration from the results of the first.
 
-predict: calibrates, then predicts and measures each batch. Two peaks are compared, both of resident memory: what the
-    batch takes beside what the process holds before it, and the process's total.
+predict: calibrates, then predicts and measures each batch; also what a plan takes it for. Two peaks are compared, both
+    of resident memory: what the batch takes beside what the process holds before it, and the process's total.
 in_order: sets RLIMIT_AS to the process's size at its start, when all freed memory has been given back, + the largest
     prediction + SLACK_BYTES, and runs all batches one after the other, keeping freed memory as training does.
 ascending: the same from the smallest to the largest, the limit following what is predicted for each.
@@ -38,7 +38,7 @@ from ultravox.model.fast import use_fast_kernels
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.measure import memory_bytes
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
-from ultravox.training.memory_model import MemoryModel, calibrate
+from ultravox.training.memory_model import MemoryModel, OfLongest, calibrate
 from ultravox.training.memory_probe import make_probe, measure_task, peak_on_cpu, run_probe
 from ultravox.training.speech import prepare_speech
 from ultravox.training.splitting import is_out_of_memory, run_with_splitting
@@ -86,6 +86,12 @@ def predicted(model: MemoryModel, rows: list[tuple[int, int]]) -> int:
     return int(model.predict(len(rows), audio.sum(), text.sum(), (audio + text).max()))
 
 
+def planned(model: MemoryModel, rows: list[tuple[int, int]]) -> int:
+    """The same as a plan counts, which takes all rows to be as long as the longest."""
+    audio, text = np.array(rows).T
+    return int(OfLongest(model).predict(np.array([len(rows)]), audio.max(keepdims=True), text.max(keepdims=True))[0])
+
+
 def max_batch_tokens() -> int:
     """Of the quickstart."""
     return load_config(ROOT / "configs" / "quickstart.yaml").stages[-1].max_batch_tokens
@@ -114,7 +120,7 @@ def predict(count: int) -> dict[str, Any]:
         audio, text = np.array(batch).T
         row = {"rows": len(batch), "audio_tokens": int(audio.sum()), "text_tokens": int(text.sum())}
         row |= {"longest": int((audio + text).max()), "base": base, "measured": measured}
-        rows.append(row | {"predicted": predicted(model, batch)})
+        rows.append(row | {"predicted": predicted(model, batch), "planned": planned(model, batch)})
         share = rows[-1]["predicted"] / measured - 1
         print(f"{rows[-1]} {share:+.1%}", file=sys.stderr, flush=True)
     return {"calibration_seconds": round(seconds, 1), "model": model.to_json(), "batches": rows}
@@ -230,7 +236,8 @@ def summary(batches: list[dict[str, int]]) -> dict[str, float]:
     """How far predictions are above what was measured."""
     beside = np.array([row["predicted"] / row["measured"] for row in batches]) - 1
     total = np.array([(row["base"] + row["predicted"]) / (row["base"] + row["measured"]) for row in batches]) - 1
-    shares = {"beside_base": beside, "process_total": total}
+    plan = np.array([row["planned"] / row["measured"] for row in batches]) - 1
+    shares = {"beside_base": beside, "process_total": total, "planned": plan}
     return {
         f"{name}_{what}": float(getattr(np, what)(v)) for name, v in shares.items() for what in ("min", "max", "mean")
     }

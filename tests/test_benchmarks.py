@@ -321,4 +321,5 @@ def test_memory_is_predicted_as_well_as_promised():
     assert len(shares) == 50
     assert min(shares) >= 1
     assert max(shares) <= 1.15
+    assert all(batch["planned"] >= batch["predicted"] for batch in kept["batches"])
     assert kept["above_measured"]["beside_base_min"] == pytest.approx(min(shares) - 1)

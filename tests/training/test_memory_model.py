@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from ultravox.errors import DataError
-from ultravox.training.memory_model import MIN_PROBES, TERMS, MemoryModel, calibrate, fit, probe_shapes, spread_rows
+from ultravox.training.memory_model import (
+    MIN_PROBES,
+    TERMS,
+    MemoryModel,
+    OfLongest,
+    calibrate,
+    fit,
+    probe_shapes,
+    spread_rows,
+)
 from ultravox.training.memory_probe import peak_on_cpu
 
 LIMITS = {"max_batch_tokens": 1500, "max_audio_tokens": 300, "max_text_tokens": 80}
@@ -68,6 +77,27 @@ def test_many_batches_are_predicted_at_once_as_one_by_one():
 def test_a_longer_row_among_short_ones_takes_more():
     model = calibrated()
     assert model.predict(10, 500, 300, 120) > model.predict(10, 500, 300) == model.predict(10, 500, 300, 80)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_plan_that_knows_the_longest_row_alone_never_predicts_less(term):
+    """Of each term by itself; rows that differ by little are the hard case."""
+    model, random = MemoryModel({"constant": 1e6, term: 1000.0}, margin=0.05), np.random.default_rng(2)
+    for _ in range(200):
+        count = int(random.integers(1, 30))
+        audio, text = (int(random.integers(4, 100)) + random.integers(0, 6, count) for _ in range(2))
+        exact = model.predict(count, audio.sum(), text.sum(), (audio + text).max())
+        planned = OfLongest(model).predict(np.array([count]), audio.max(keepdims=True), text.max(keepdims=True))
+        assert planned[0] >= exact
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_what_a_plan_is_told_does_not_fall_when_a_number_grows(term):
+    model = OfLongest(MemoryModel({"constant": 1e6, term: 1000.0}, margin=0.05))
+    grid = np.meshgrid(np.arange(1, 12), np.arange(1, 150, 3), np.arange(0, 40, 5), indexing="ij")
+    predicted = model.predict(*(axis.ravel() for axis in grid)).reshape(grid[0].shape)
+    for axis in range(3):
+        assert (np.diff(predicted, axis=axis) >= 0).all()
 
 
 def test_json_brings_it_back():

@@ -48,15 +48,18 @@ class MemoryModel:
     probes: Sequence[tuple[int, int, int, int]] = field(default=())
     """What it was fitted to: rows, audio tokens, text tokens, bytes."""
 
-    def predict(self, num_rows: Any, audio_tokens: Any, text_tokens: Any, longest: Any = None) -> np.ndarray:
+    def predict(
+        self, num_rows: Any, audio_tokens: Any, text_tokens: Any, longest: Any = None, *, bound: bool = False
+    ) -> np.ndarray:
         """Peak memory of batches, in bytes beside what the process holds before: int64, of the arguments' shape.
 
         Args:
             num_rows: rows of each batch; a number or an array, as the others are.
             audio_tokens, text_tokens: positions of all rows of each batch. Where rows are padded, with the padding.
             longest: positions of the longest row, audio and text; None = all rows are alike.
+            bound: predict the most that batches of so many rows take, none of which is longer than these.
         """
-        columns = _terms(num_rows, audio_tokens, text_tokens, longest)
+        columns = _terms(num_rows, audio_tokens, text_tokens, longest, bound=bound)
         total = sum(columns[name] * value for name, value in self.coefficients.items())
         return np.ceil(np.asarray(total) * (1 + self.margin)).astype(np.int64)
 
@@ -91,13 +94,13 @@ class MemoryModel:
 
 @dataclass(frozen=True, slots=True)
 class OfLongest:
-    """The same, asked as a plan asks: all rows of a batch as long as its longest."""
+    """The same, asked as a plan asks, which knows a batch's longest row alone. It does not fall when a number grows."""
 
     model: MemoryModel
 
     def predict(self, num_rows: np.ndarray, audio_tokens: np.ndarray, text_tokens: np.ndarray) -> np.ndarray:
         """Bytes of batches, of the rows' number and the tokens of the longest row, each [batch]."""
-        return self.model.predict(num_rows, num_rows * audio_tokens, num_rows * text_tokens)
+        return self.model.predict(num_rows, num_rows * audio_tokens, num_rows * text_tokens, bound=True)
 
 
 def spread_rows(num_rows: int, audio_tokens: int, text_tokens: int) -> list[tuple[int, int]]:
@@ -113,23 +116,26 @@ def spread_rows(num_rows: int, audio_tokens: int, text_tokens: int) -> list[tupl
     return list(zip((audio + each).tolist(), text.tolist(), strict=True))
 
 
-def _terms(num_rows: Any, audio_tokens: Any, text_tokens: Any, longest: Any = None) -> dict[str, np.ndarray]:
+def _terms(
+    num_rows: Any, audio_tokens: Any, text_tokens: Any, longest: Any = None, *, bound: bool = False
+) -> dict[str, np.ndarray]:
     """What memory may grow with, each of the arguments' shape."""
     rows, audio, text = (np.asarray(value, dtype=np.float64) for value in (num_rows, audio_tokens, text_tokens))
     total = audio + text
     length = total / rows if longest is None else np.asarray(longest, dtype=np.float64)
     squares = rows * length**2
+    kept = rows * MAX_KEPT_TOKENS**2 if bound else 0.0
     filled = np.ceil(total / ROWS_MULTIPLE) * ROWS_MULTIPLE  # as packed rows are
     return {
         "constant": np.ones_like(total),
         "rows": rows,
         "tokens": filled,
         # where padded rows are longer than packed ones, they do not fit into the holes that those leave
-        "padded_tokens": np.where(rows * length > filled, filled, 0.0),
+        "padded_tokens": np.where((rows * length > filled) | (bound & (rows > 1)), filled, 0.0),
         "audio_tokens": audio,
         "text_tokens": text,
         # attention keeps its weights for each layer up to a length, and for one layer alone beyond it
-        "squares_kept": np.where(length <= MAX_KEPT_TOKENS, squares, 0.0),
+        "squares_kept": np.where(length <= MAX_KEPT_TOKENS, squares, kept),
         "squares": np.where(length <= MAX_KEPT_TOKENS, 0.0, squares),
         "audio_squares": audio**2 / rows,
     }
