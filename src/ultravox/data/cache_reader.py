@@ -165,8 +165,7 @@ class CachedFeatures:
         """
 
         def look(shard: Shard) -> np.ndarray | None:
-            entries = shard.entries(self.key.id)
-            if entries is None or shard.is_verified():
+            if shard.is_verified() or (entries := shard.entries(self.key.id)) is None:
                 return None
             whole = shard.whole(entries, self.key.dtype, self.key.num_channels)
             if whole.all() and os.access(self.folder, os.W_OK):
