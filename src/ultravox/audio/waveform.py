@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -18,7 +18,15 @@ from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.errors import AudioError
 from ultravox.files import atomic_write
 
-__all__ = ["SAMPLE_RATE", "change_speed", "load_speech", "load_waveform", "require_speech", "write_waveform"]
+__all__ = [
+    "SAMPLE_RATE",
+    "audio_seconds",
+    "change_speed",
+    "load_speech",
+    "load_waveform",
+    "require_speech",
+    "write_waveform",
+]
 
 MAX_SECONDS = 600.0
 MIN_SPEECH_SECONDS = 0.1  # no word is shorter, and a model that is asked what was said would invent one
@@ -59,11 +67,6 @@ def load_waveform(
     name, file, suffix = _open(source)
     with file:
         decoder = _open_decoder(name, file, suffix)
-        if not MIN_SOURCE_RATE <= decoder.rate <= MAX_SOURCE_RATE:
-            raise AudioError(
-                f"{name} declares {decoder.rate} samples per second: expected {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE}; "
-                "its header is damaged, so export it again"
-            )
         declared = decoder.declared_seconds
         if declared is not None and declared > max_seconds:
             raise _too_long(name, declared, max_seconds)
@@ -78,6 +81,27 @@ def load_waveform(
             "copy or download it again"
         )
     return _resample(np.concatenate(blocks), decoder.rate)
+
+
+def audio_seconds(source: str | Path | AudioContent | BinaryIO, name: str = "the audio data") -> float:
+    """Seconds that the header declares; no sample is decoded.
+
+    Args:
+        source: a path, a place inside something else, or an open file that can be sought in.
+        name: of an open file, in messages.
+
+    Raises:
+        AudioError: missing, empty, truncated or not audio, or the header does not tell.
+    """
+    if hasattr(source, "seek"):
+        file, suffix = cast(BinaryIO, source), ""
+    else:
+        name, file, suffix = _open(cast("str | Path | AudioContent", source))
+    with file:
+        declared = _open_decoder(name, file, suffix).declared_seconds
+    if declared is None:
+        raise AudioError(f"the header of {name} does not tell its length: name its duration in the row")
+    return declared
 
 
 def load_speech(source: str | Path | bytes | BinaryIO) -> np.ndarray:
@@ -156,6 +180,16 @@ def _open(source: str | Path | AudioContent | bytes | BinaryIO) -> tuple[str, Bi
 
 
 def _open_decoder(name: str, file: BinaryIO, suffix: str) -> _Decoder:
+    decoder = _find_decoder(name, file, suffix)
+    if not MIN_SOURCE_RATE <= decoder.rate <= MAX_SOURCE_RATE:
+        raise AudioError(
+            f"{name} declares {decoder.rate} samples per second: expected {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE}; "
+            "its header is damaged, so export it again"
+        )
+    return decoder
+
+
+def _find_decoder(name: str, file: BinaryIO, suffix: str) -> _Decoder:
     import soundfile
 
     if suffix in RAW_FORMATS:

@@ -10,7 +10,7 @@ from ultravox.audio.content import Audio
 from ultravox.errors import AudioError, DataError
 
 #: Reasons for leaving a row out that the configuration asks for. They are counted, and are no fault of the row.
-ASKED_FOR = ("too short", "too long", "too slow", "too fast", "other language", "beyond the cap")
+ASKED_FOR = ("too short", "too long", "too slow", "too fast", "other language")
 
 
 class Quarantine:

@@ -3,17 +3,19 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultravox.errors import DataError
 
 if TYPE_CHECKING:
-    from ultravox.data.manifest import Clip
+    from ultravox.data.clip import Clip, RowFault
     from ultravox.evaluation.inspection import Inspection
 
 HELP = (
-    "Hours, lengths, words, licences; rows whose audio or text is doubtful; audio and texts that stand in two splits."
+    "Hours, languages, lengths, words, licences; rows whose audio or text is doubtful; audio and texts that stand in "
+    "two splits."
 )
 MOST_ROWS = 10
 EXIT_FAULTS = 2
@@ -25,8 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         metavar="NAME_OR_PATH",
         nargs="+",
-        help="bundled name, dataset or audio folder (all its splits), or .jsonl files",
+        help="bundled name, a folder (dataset, audio, prepared, Parquet, Lhotse …), .jsonl files, or a hub's id",
     )
+    parser.add_argument("--split", metavar="NAME", action="append", help="this split only; may be repeated")
+    parser.add_argument("--subset", metavar="NAME", help="configuration of a Hugging Face dataset")
+    parser.add_argument("--format", metavar="KIND", default="auto", help="kind of source (default: by what is there)")
+    parser.add_argument(
+        "--columns", metavar="OURS=THEIRS", action="append", default=[], help="name of a column; may be repeated"
+    )
+    parser.add_argument("--max-clips", metavar="N", type=int, help="the first so many rows of each split")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with histograms and players")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--no-decode", action="store_true", help="believe the rows' durations; hear no file")
@@ -39,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Inspect the splits of some sources together."""
     from ultravox.evaluation.inspection import inspect_splits
 
-    splits = _load(args.sources)
-    inspection = inspect_splits(splits, decode=not args.no_decode, on_progress=_progress())
+    splits, faults = _load(args)
+    inspection = inspect_splits(splits, faults=faults, decode=not args.no_decode, on_progress=_progress())
     if args.html is not None:
         from ultravox.evaluation.dataset_page import write_dataset_page
 
@@ -51,26 +60,41 @@ def run(args: argparse.Namespace) -> int:
         _print(inspection)
         if args.html is not None:
             print(f"page  {args.html}")
-    if args.strict and (faults := inspection.faults):
+    if args.strict and (found := inspection.faults):
         print(
-            f"ultravox: error: faults: {len(faults)}, the first in row {faults[0].id} of {faults[0].split}",
+            f"ultravox: error: faults: {len(found)}, the first in row {found[0].id} of {found[0].split}",
             file=sys.stderr,
         )
         return EXIT_FAULTS
     return 0
 
 
-def _load(sources: list[str]) -> "dict[str, list[Clip]]":
-    """Name of each split → its clips. Two sources may not give one name to two splits."""
-    from ultravox.data.sources import load_clips, split_names
+def _load(args: argparse.Namespace) -> "tuple[dict[str, list[Clip]], dict[str, list[RowFault]]]":
+    """Name of each split → its clips, and its rows that give none. Two sources may not give one name to two splits."""
+    from ultravox.data.source import SourceSpec
+    from ultravox.data.sources import open_source, read_all
 
+    columns = dict(_pair(text) for text in args.columns)
+    if args.max_clips is not None and args.max_clips < 1:
+        raise DataError(f"--max-clips takes a number of at least 1, got {args.max_clips}")
     splits: dict[str, list[Clip]] = {}
-    for source in sources:
-        found = {split: load_clips(source, split) for split in split_names(source)}
-        if twice := sorted(set(found) & set(splits)):
-            raise DataError(f"{source}: another source has a split {twice[0]!r} too; inspect them one by one")
-        splits |= found
-    return splits
+    faults: dict[str, list[RowFault]] = {}
+    for source in args.sources:
+        spec = SourceSpec(source, args.format, subset=args.subset, columns=columns, needs_audio=False)
+        for split in args.split or open_source(spec).splits():
+            if split in splits:
+                raise DataError(f"{source}: another source has a split {split!r} too; inspect them one by one")
+            opened = open_source(replace(spec, split=split))
+            splits[split], faults[split] = read_all(opened, args.max_clips)
+    return splits, faults
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """The two names in "ours=theirs"."""
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise DataError(f"--columns takes OURS=THEIRS, such as text=sentence; got {text!r}")
+    return ours, theirs
 
 
 def _progress():
@@ -114,6 +138,9 @@ def _print(inspection: "Inspection") -> None:
         for title, values in (("seconds", split.duration), ("characters a second", split.characters_per_second)):
             table.add_row(title, split.name, *(f"{value:.1f}" for value in values.values()))
     console.print(table)
+    for split in inspection.splits:
+        hours = ", ".join(f"{language} {seconds / 3600:.2f} h" for language, seconds in split.languages.items())
+        console.print(f"languages of {split.name}: {hours}", markup=False, soft_wrap=True)
     for kind, count in inspection.counts().items():
         console.print(f"{count} × {kind}: {MEANINGS[kind]}", markup=False, soft_wrap=True)
     if not inspection.findings:
