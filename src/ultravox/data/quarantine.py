@@ -62,9 +62,8 @@ def audio_fault(error: AudioError, audio: Audio) -> str:
     """The kind of fault of a recording in a few words, to count by."""
     message = str(error).replace(str(audio), "")
     kinds = {
-        "does not exist": "missing",
-        "cannot be read": "missing",
-        "is not there": "missing",
+        "does not exist": "missing audio",
+        "cannot be read": "missing audio",
         "no audio samples": "without samples",
         "not numbers": "with NaN or infinite samples",
         "truncated": "damaged or truncated",
