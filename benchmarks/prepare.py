@@ -63,7 +63,7 @@ def write_form(source: str, form: str, folder: Path) -> None:
 def measure(manifest: str, repeat: int, output: str) -> dict[str, float]:
     """Prepare a manifest's rows `repeat` times in this process; with "" as the manifest, so many rows of text."""
     from ultravox.audio.content import NO_AUDIO
-    from ultravox.data.manifest import Clip
+    from ultravox.data.clip import Clip
     from ultravox.data.prepare import prepare_dataset
     from ultravox.data.sharding import PrepareOptions
     from ultravox.data.sources import load_clips

@@ -14,7 +14,7 @@ import soundfile
 
 from ultravox.audio.content import NO_AUDIO, AudioContent
 from ultravox.data import prepared
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip
 from ultravox.data.prepare import prepare_dataset
 from ultravox.data.prepared import (
     ParquetAudio,

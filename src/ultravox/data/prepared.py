@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from ultravox.audio.content import NO_AUDIO
 from ultravox.audio.lengths import SAMPLE_RATE
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip
 from ultravox.errors import AudioError, DataError
 from ultravox.files import sha256_file
 

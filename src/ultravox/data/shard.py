@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from ultravox.audio.content import NO_AUDIO, Audio, AudioContent, read_audio
 from ultravox.audio.waveform import SAMPLE_RATE, load_waveform
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip
 from ultravox.data.quarantine import audio_fault
 from ultravox.errors import AudioError
 from ultravox.files import atomic_write, explain_full_disk, sha256_file
