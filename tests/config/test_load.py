@@ -62,6 +62,16 @@ def test_whole_numbers(write, text):
     assert load_config(write(BASE.replace("max_steps: 100", f"max_steps: {text}"))).stages[0].max_steps == 100
 
 
+@pytest.mark.parametrize(("word", "truth"), [("on", True), ("off", False)])
+def test_on_and_off_are_words(write, word, truth):
+    config = load_config(write(BASE + f"    packing: {word}\nlogging: {{tensorboard: {word}}}"))
+    assert config.stages[1].packing == word
+    assert config.logging.tensorboard is truth
+    assert parse_config(dump_config(config)) == config
+    other = {"on": "off", "off": "on"}[word]
+    assert load_config(write(BASE), ["--stages.tune.packing", other]).stages[1].packing == other
+
+
 def test_dump_and_load_are_inverse(write, tmp_path):
     config = load_config(write(BASE), ["--data.speeds", "[0.9, 1.0, 1.1]", "--run_dir", "runs/other"])
     assert parse_config(dump_config(config)) == config
