@@ -187,7 +187,7 @@ def test_wrong_overrides(write, overrides, message):
         ("seed: 7", "seed: 7\nseed: 8", r"run\.yaml:3: key 'seed' was already given in line 2"),
         ("rank: 16", "rank: 16, rank: 8", r"run\.yaml:4: key 'model.language_model_lora.rank' was already given"),
         ("seed: 7", "seed: -1", r"run\.yaml:2: seed: should be ≥ 0, got -1"),
-        ("seed: 7", "seed: yes", r"run\.yaml:2: seed takes no true/false"),
+        ("seed: 7", "seed: true", r"run\.yaml:2: seed takes no true/false"),
         ("seed: 7", "seed: many", r"run\.yaml:2: seed: should be a valid integer.*'many'"),
         ("max_steps: 50", "max_steps: 1.5", r"run\.yaml:18: stages\[1\].max_steps: .*got 1.5"),
         ("projector: 1e-3", "projector: .nan", r"run\.yaml:15: .*finite"),
