@@ -18,6 +18,7 @@ from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.loader import LoadedStep, Loader
 from ultravox.data.order import Position
+from ultravox.data.sample_log import SampleLog, next_attempt
 from ultravox.data.sources import require_not_shrunk
 from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write, sha256_file
@@ -36,8 +37,8 @@ from ultravox.training.progress import TerminalProgress
 from ultravox.training.run_folder import clear, lock, require_free
 from ultravox.training.speech import SpeechData, prepare_speech, source_key, source_spec
 from ultravox.training.speech_task import SpeechTask
-from ultravox.training.trackers import samples
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
+from ultravox.training.trackers.samples import StepSamples, samples_folder
 from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
 from ultravox.training.tune import TuneTask, num_matmul_parameters
@@ -120,13 +121,12 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         if not resume:
             clear(run_dir)
         atomic_write(run_dir / "config.yaml", dump_config(config))
-        attempt = samples.next_attempt(run_dir) if config.logging.samples else 0
         drop_rows_after(run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ()))
         stop = stack.enter_context(stop_on_signals())
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
-                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop, attempt)
+                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop)
                 _run_stage(context, start if index == first else None)
 
         # 5. The model as others read it, then the summary, which says that the run is whole
@@ -150,8 +150,6 @@ class _Stage:
     base_models: dict[str, dict[str, str]]
     begin: float
     stop: StopRequest
-    attempt: int
-    """How often the run has been begun or gone on with."""
 
     @property
     def run_dir(self) -> Path:
@@ -284,8 +282,9 @@ def _callbacks(context: _Stage, state: LoopState, last: dict[str, float], stack:
         else:
             Console(stderr=True).print("TensorBoard is not installed: no tensorboard/ is written; log.jsonl is")
     if context.config.logging.samples:
-        names = [source_key(source) for source in context.data.sources]
-        add(samples.SampleLog(context.run_dir, stage.name, names, attempt=context.attempt))
+        folder = samples_folder(context.run_dir, stage.name)
+        log = SampleLog(folder, rank=0, world_size=1, attempt=next_attempt(folder), first_step=state.step)
+        add(StepSamples(log, [source_key(source) for source in context.data.sources]))
     add(TerminalProgress(stage.name, stage.max_steps, stage.log_every, elapsed_seconds=state.seconds))
     return [*callbacks, _Last(last)]
 

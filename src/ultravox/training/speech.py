@@ -204,7 +204,7 @@ def _check(config: RunConfig, requests: list[FeatureRequest]) -> CacheReport:
     for index, request in enumerate(requests):
         reason = "too short" if request.seconds < low else "too long" if request.seconds > high else None
         if reason is None and isinstance(request.audio, Path) and not request.audio.is_file():
-            reason = "missing"
+            reason = "missing audio"
         if reason:
             report.quarantine.add(reason, str(request.audio))
             report.names[index] = None
