@@ -21,9 +21,9 @@ from ultravox.audio.waveform import load_waveform
 from ultravox.data.clip import Clip, RowFault
 from ultravox.data.prepare import prepare_dataset
 from ultravox.data.prepared import iter_prepared, verify
-from ultravox.data.shard import RowOptions, plain_flac_samples
+from ultravox.data.shard import RowOptions, is_plain_flac, store
 from ultravox.data.sharding import PrepareOptions
-from ultravox.errors import DataError, UltravoxError
+from ultravox.errors import AudioError, DataError, UltravoxError
 
 THREE_SHARDS = PrepareOptions(shards_multiple_of=3)
 
@@ -121,18 +121,30 @@ def test_the_original_bytes_are_kept_on_request(tmp_path):
 )
 def test_only_one_kind_of_flac_is_taken_as_it_is(rate, channels, subtype, format, tmp_path):
     soundfile.write(tmp_path / "a", noise(1000, channels), rate, subtype, format=format)
-    assert plain_flac_samples((tmp_path / "a").read_bytes()) is None
+    assert not is_plain_flac((tmp_path / "a").read_bytes())
     soundfile.write(tmp_path / "b", noise(1234), 16000, format="FLAC")
     content = (tmp_path / "b").read_bytes()
-    assert plain_flac_samples(content) == 1234
-    assert plain_flac_samples(content[:30]) is None
-    assert plain_flac_samples(b"") is None
+    assert is_plain_flac(content)
+    assert not is_plain_flac(content[:20])
+    assert not is_plain_flac(b"")
+
+
+@pytest.mark.parametrize("num_samples", [16000, 70000])
+def test_flac_that_holds_less_than_it_declares_is_truncated(num_samples, tmp_path):
+    """As when it was cut between two of its frames, by less than a header may be wrong in other formats."""
+    path = tmp_path / "a.flac"
+    soundfile.write(path, noise(num_samples), 16000)
+    content = bytearray(path.read_bytes())
+    content[18:26] = (int.from_bytes(content[18:26], "big") + 800).to_bytes(8, "big")
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match="damaged or truncated"):
+        store(path, RowOptions())
 
 
 def test_shards_are_consecutive_even_and_no_larger_than_asked_for(tmp_path):
     clips = []
     for index in range(30):
-        seconds = 1 + index % 5
+        seconds = 1 if index < 20 else 6
         soundfile.write(tmp_path / f"{index}.flac", noise(seconds * 16000, seed=index), 16000)
         clips.append(Clip(str(index), tmp_path / f"{index}.flac", "words", float(seconds)))
     info = run(tmp_path / "out", clips, PrepareOptions(shards_multiple_of=4, max_shard_mb=1)).info
