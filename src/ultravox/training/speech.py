@@ -129,7 +129,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     for index, clip in [*training, *progress]:
         key = source_key(data.sources[index])
         try:
-            found[id(clip)] = _tokenised(index, clip, templates[index], processor, config, parts[key][0])
+            found[id(clip)] = _tokenised(index, clip, templates[index], processor, config, f"{key} {parts[key][0]}")
             parts[key] += _tokens(found[id(clip)])
         except UnusableRow as error:
             quarantine.add(error.reason, clip.id)
