@@ -148,7 +148,9 @@ class _Audit:
         in_order = expected.uids[self._sorting]
         if len(twice := np.flatnonzero(in_order[1:] == in_order[:-1])):
             raise DataError(f"two rows have one uid, {_name(in_order[twice[0]])}: the audit cannot tell them apart")
-        places = np.searchsorted(in_order, records.uid).clip(max=len(in_order) - 1)
+        by_uid = np.argsort(records.uid, kind="stable")  # a search in order is ten times faster
+        places = np.empty(len(records), dtype=np.int64)
+        places[by_uid] = np.searchsorted(in_order, records.uid[by_uid]).clip(max=len(in_order) - 1)
         self._known = in_order[places] == records.uid
         self._rows = np.where(self._known, self._sorting[places], -1)
         self.epochs: list[int] = np.unique(records.epoch).tolist()
@@ -210,10 +212,9 @@ class _Audit:
 
     def _known_check(self) -> Check:
         mixture = self.expected.mixture
-        names = np.array(mixture.names)
-        of_row = np.searchsorted(np.cumsum(mixture.sizes), self._rows, side="right")  # garbage where unknown
-        said = np.array(self.records.source_names)[self.records.source]
-        right = self._known & (names[of_row.clip(max=len(names) - 1)] == said)
+        said = np.array([[name == known for name in self.records.source_names] for known in mixture.names])
+        of_row = np.repeat(np.arange(len(mixture.sizes)), mixture.sizes)[self._rows]  # anything, where unknown
+        right = self._known & said[of_row, self.records.source]
         return self._records_check("known examples", "each is one of the data's, of its source", np.flatnonzero(~right))
 
     def _epochs_check(self) -> Check:
