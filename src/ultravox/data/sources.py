@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ultravox.audio.content import NO_AUDIO
 from ultravox.data.audio_folder import AudioFolderSource, metadata_files
 from ultravox.data.clip import Clip, RowFault
 from ultravox.data.filters import num_characters, total_seconds
@@ -228,7 +229,12 @@ def load_source(spec: SourceSpec, on_progress: Callable[[int], None] | None = No
 
 
 def usable_reason(clip: Clip) -> str | None:
-    """Why nothing can be learnt from a clip, whatever the task: no text at all; None where something can."""
+    """Why nothing can be learnt from a clip, whatever the task: no text at all; None where something can.
+
+    A row without audio has its texts in columns of its own, which only its prompts know.
+    """
+    if clip.audio is NO_AUDIO:
+        return None
     has_text = num_characters(clip.text) or clip.messages or num_characters(clip.answer or "")
     return None if has_text else "without text"
 
