@@ -281,3 +281,16 @@ def test_tuning_is_measured_with_each_kernel(not_fetched):
     names = [line[:24].strip() for line in lines]
     assert (names[0], names[-1]) == ("plain PyTorch", "+ packed rows")
     assert all(float(line[24:].split()[0]) > 0 for line in lines)
+
+
+def test_the_feature_cache_is_measured(tmp_path, monkeypatch):
+    module = load("cache")
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    words = ["--entries", "30", "--clips", "20", "--no-step", "--results", str(tmp_path / "cache.json")]
+    call(module, monkeypatch, *words)
+    figures = json.loads((tmp_path / "cache.json").read_text())
+    kept = json.loads((KEPT / "cache.json").read_text())
+    assert {*figures, "step"} == set(kept), "the kept figures are of another form: run `python benchmarks/cache.py`"
+    for part in ("start", "reading", "decoding"):
+        assert set(figures[part]) == set(kept[part])
+        assert all(value > 0 for value in figures[part].values())
