@@ -312,3 +312,16 @@ def test_preparing_keeps_its_promises():
     assert kept["speed"]["flac 16 kHz"]["times_real_time_per_core"]["mean"] >= 150
     assert kept["speed"]["flac 16 kHz"]["times_real_time_per_core"]["n"] >= 3
     assert all(kind["ratio"] < 1.1 and kind["rows"][1] == 4 * kind["rows"][0] for kind in kept["memory"].values())
+
+
+def test_the_feature_cache_is_measured(tmp_path, monkeypatch):
+    module = load("cache")
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    words = ["--entries", "30", "--clips", "20", "--no-step", "--results", str(tmp_path / "cache.json")]
+    call(module, monkeypatch, *words)
+    figures = json.loads((tmp_path / "cache.json").read_text())
+    kept = json.loads((KEPT / "cache.json").read_text())
+    assert {*figures, "step"} == set(kept), "the kept figures are of another form: run `python benchmarks/cache.py`"
+    for part in ("start", "reading", "decoding"):
+        assert set(figures[part]) == set(kept[part])
+        assert all(value > 0 for value in figures[part].values())
