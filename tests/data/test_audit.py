@@ -158,6 +158,30 @@ def test_ranks_that_all_read_everything_are_found(tmp_path):
     assert {"repeats", "overlap between ranks", "steps"} <= failed(run.audit())
 
 
+def write_step(folder, rank, world, rows, micro_batch):
+    """One rank's part of one step."""
+    with SampleLog(folder, rank=rank, world_size=world, attempt=0, first_step=0) as log:
+        facts = {"uids": [UIDS[row] for row in rows], "sources": [source_of(row) for row in rows]}
+        log.write(step=0, micro_batch=micro_batch, worker=0, epoch=0, **facts)
+
+
+def test_two_ranks_that_share_a_micro_batch_are_found_without_a_repeat(tmp_path):
+    write_step(tmp_path, 0, 2, range(0, 6), 0)
+    write_step(tmp_path, 1, 2, range(6, 9), 0)
+    report = audit_records(read_sample_logs(tmp_path), Expected(parse_uids(UIDS), mixture_of()))
+    assert "overlap between ranks" in failed(report)
+    assert "repeats" not in failed(report)
+
+
+@pytest.mark.parametrize(("second", "overlaps"), [(range(5, 9), True), ([6, 7, 7], False)])
+def test_an_example_on_two_ranks_is_told_from_one_that_a_rank_repeats(tmp_path, second, overlaps):
+    write_step(tmp_path, 0, 2, range(0, 6), 0)
+    write_step(tmp_path, 1, 2, second, 1)
+    report = audit_records(read_sample_logs(tmp_path), Expected(parse_uids(UIDS), mixture_of()))
+    assert "repeats" in failed(report)
+    assert ("overlap between ranks" in failed(report)) == overlaps
+
+
 def rewrite(folder, change):
     """Change the lines of micro-batches of a log, as objects."""
     path = log_path(folder, 0)
