@@ -36,7 +36,7 @@ class SampleLog:
                 "micro_batch": loaded.index,
                 "rank": self._rank,
                 "worker": loaded.worker,
-                "epoch": loaded.position[0],
+                "epoch": loaded.batch.epoch,
             }
             for uid, source in zip(loaded.batch.uids, loaded.batch.sources, strict=True):
                 lines.append(json.dumps({**place, "uid": uid, "source": self._names[source]}))
