@@ -41,7 +41,7 @@ def stream(folder):
 
 
 def ids(windows) -> list[list[str]]:
-    return [[clip.id for clip in window] for window in windows]
+    return [[clip.id for clip in window.clips] for window in windows]
 
 
 def flat(windows) -> list[str]:
@@ -99,7 +99,7 @@ from ultravox.data.source import SourceSpec
 from ultravox.data.streaming import StreamSource
 stream = StreamSource(SourceSpec(sys.argv[1], streaming=True), window=3, seed=7, rank=1, world_size=2)
 for window in stream:
-    print(json.dumps({"ids": [clip.id for clip in window], "state": stream.state_dict()}), flush=True)
+    print(json.dumps({"ids": [clip.id for clip in window.clips], "state": stream.state_dict()}), flush=True)
 """
 
 
@@ -177,7 +177,7 @@ def test_a_worker_process_of_a_loader_is_refused(stream):
 
 def test_filters_and_faults_are_counted(stream, tmp_path):
     german = stream(filters=Filters(languages=["de"]), world_size=1, window=100)
-    assert {clip.language for clip in next(iter(german))} == {"de"}
+    assert {clip.language for clip in next(iter(german)).clips} == {"de"}
     assert german.quarantine.counts() == {"other language": 10}
     with pytest.raises(DataError, match=r"no clip is left of 10 \(10 other language\)"):
         next(iter(stream(filters=Filters(languages=["fr"]))))
@@ -195,11 +195,35 @@ def test_too_many_faulty_rows_stop_the_stream(tmp_path):
     spec = SourceSpec(str(tmp_path), streaming=True)
     stream = StreamSource(spec, window=100, seed=0)
     windows = iter(stream)
-    assert len(next(windows)) == 18
+    first = next(windows)
+    assert (len(first.clips), first.num_rows) == (18, 20)
+    assert sorted(first.left_out) == [("damaged audio", "r5"), ("without text", "r3")]
     assert stream.quarantine.counts() == {"without text": 1, "damaged audio": 1}
     with pytest.raises(DataError, match="2 of 20 clips cannot be used"):
         next(windows)
     assert len(list(islice(StreamSource(spec, window=100, seed=0, max_quarantine_share=0.1), 3))) == 3
+
+
+def test_windows_tell_of_all_rows_and_how_far_the_epoch_is(stream):
+    """Every other row is used: those behind an epoch's last clip are told of in the next epoch's first window."""
+    source = stream(filters=Filters(languages=["de"]), window=1, world_size=1)
+    windows = list(islice(source, 21))
+    assert [window.epoch for window in windows] == [0] * 10 + [1] * 10 + [2]
+    names = [name for w in windows for name in [*(clip.id for clip in w.clips), *(name for _, name in w.left_out)]]
+    assert len(names) == sum(window.num_rows for window in windows)
+    assert all(2 <= names.count(name) <= 3 for name in ALL)
+    assert names.count(windows[-1].clips[0].id) == 3
+    assert windows[0].share[0] == 0
+    for before, after in zip(windows, windows[1:], strict=False):
+        assert before.share[0] <= before.share[1] <= 1
+        assert after.share[0] == (before.share[1] if before.epoch == after.epoch else 0)
+
+
+def test_a_rewound_stream_begins_anew(stream):
+    one = stream()
+    first = ids(islice(one, 5))
+    one.rewind()
+    assert ids(islice(one, 5)) == first
 
 
 def test_caps_and_whole_datasets_are_refused(stream, folder):
@@ -210,6 +234,6 @@ def test_caps_and_whole_datasets_are_refused(stream, folder):
 
 
 def test_streamed_clips_can_be_heard(stream):
-    clip = next(iter(stream()))[0]
+    clip = next(iter(stream())).clips[0]
     assert len(load_waveform(clip.audio)) == 8000
     assert clip.duration == 0.5

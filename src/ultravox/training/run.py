@@ -37,6 +37,7 @@ from ultravox.training.progress import TerminalProgress
 from ultravox.training.run_folder import clear, lock, require_free
 from ultravox.training.speech import SpeechData, prepare_speech, source_key, source_spec
 from ultravox.training.speech_task import SpeechTask
+from ultravox.training.stream import prepare_stream
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
 from ultravox.training.trackers.samples import StepSamples, samples_folder
 from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
@@ -106,7 +107,8 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             checkpoints.require_same(start.state["base_models"], bases, "a base model", found[-1])
 
         # 3. The data: clips, tokens, features of the frozen encoder
-        data = prepare_speech(config, model, processor)
+        prepare = prepare_stream if config.data.streaming else prepare_speech
+        data = prepare(config, model, processor)
         run = RunState(feature_cache_seconds=data.cache_report.seconds)
         if start is not None:
             for source in config.data.sources:
@@ -189,6 +191,8 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         state = LoopState(**start.state["loop"])
     if done is not None:
         return  # the checkpoint is that of the stage's end
+    if start is not None:
+        task.go_to(_position(state), start.state["stream"])
 
     last: dict[str, float] = {}
 
@@ -209,6 +213,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
             "data": context.data.fingerprints,
             "sizes": context.data.sizes,
             "order": task.order.fingerprint,
+            "stream": task.stream_state(_position(state)),
             "memory": None if task.memory is None else task.memory.to_json(),
             "run": {
                 "seconds": seconds,
@@ -243,13 +248,17 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     )
 
     def load(state: LoopState) -> Iterator[LoadedStep]:
-        return loader.steps(Position(state.epoch, state.window, state.batch))
+        return loader.steps(_position(state))
 
     release_freed_memory()  # what the stage before has left
     keep_freed_memory()
     with ExitStack() as stack:
         callbacks = _callbacks(context, state, last, stack)
         run_stage(task, optimizer, settings, load, state=state, callbacks=callbacks, save=save, stop=context.stop)
+
+
+def _position(state: LoopState) -> Position:
+    return Position(state.epoch, state.window, state.batch)
 
 
 class _Last:
@@ -302,9 +311,9 @@ def _stage_summary(
         "evaluation_seconds": state.evaluation_seconds,
         "data_wait_seconds": state.data_wait_seconds,
         "data_wait_share": state.data_wait_seconds / max(state.seconds, 1e-9),
-        "epochs": task.epochs(Position(state.epoch, state.window, state.batch)),
+        "epochs": task.order.epochs(_position(state)),
         "mixture": task.mixture(state.epoch),
-        "num_examples": len(task.examples),
+        "num_examples": None if task.data.stream else len(task.examples),  # nobody has counted them
         "left_out": task.left_out,
         "audio_seconds": state.audio_seconds,
         "audio_seconds_per_second": state.audio_seconds / max(state.seconds, 1e-9),
@@ -332,8 +341,8 @@ def _summary(run: RunState, data: SpeechData, begin: float) -> dict[str, Any]:
         "feature_cache_seconds": run.feature_cache_seconds,
         "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes()),
         "num_threads": torch.get_num_threads(),
-        "num_clips": len(data.examples),
-        "audio_seconds": data.seconds,
+        "num_clips": None if data.stream else len(data.examples),
+        "audio_seconds": None if data.stream else data.seconds,
         "num_progress_clips": len(data.progress_examples),
         "quarantined": data.quarantine.counts(),
         "quarantined_files": data.quarantine.reasons,
@@ -381,12 +390,8 @@ def _deciding_keys(config: RunConfig) -> dict[str, Any]:
 def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
     count = sum(parameter.numel() for parameter in data.trainable.values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    versions = sum(len(example.versions) for example in data.examples)
-    quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in data.quarantine.reasons.items()]
-    left_out = f", left out {', '.join(quarantined)}" if quarantined else ""
     text = (
-        f"{len(data.examples)} clips ({data.seconds / 60:.0f} min of speech, {versions} versions with their speeds)"
-        f"{left_out}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
+        f"{data.describe()}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
         f"{memory_bytes() / 1e9:.1f} GB of memory"
     )
     Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -64,6 +64,9 @@ def _build(args: argparse.Namespace) -> int:
     if config.data.cache == "none":
         raise UltravoxError("a run of this config caches nothing (data.cache: none): there is nothing to build")
 
+    if config.data.streaming:
+        raise UltravoxError("a run of this config caches nothing (its source is streamed): there is nothing to build")
+
     from ultravox.model.factory import build_model, build_processor
     from ultravox.training.speech import prepare_speech
 

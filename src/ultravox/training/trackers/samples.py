@@ -30,7 +30,7 @@ class StepSamples:
                 step=record.step - 1,
                 micro_batch=loaded.index,
                 worker=loaded.worker,
-                epoch=loaded.position[0],
+                epoch=loaded.batch.epoch,
                 uids=loaded.batch.uids,
                 sources=[self._names[source] for source in loaded.batch.sources],
             )
