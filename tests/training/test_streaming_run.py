@@ -218,7 +218,7 @@ def test_another_dataset_template_or_number_of_processes_is_refused(parts, shard
         pq.read_table(tmp_path / "tones" / "train-00000-of-00004.parquet").slice(1),
         tmp_path / "tones" / "train-00000-of-00004.parquet",
     )
-    with pytest.raises(CheckpointError, match="the training data differs: .*tones/train/transcription was"):
+    with pytest.raises(CheckpointError, match=r"the training data differs: .*tones/train/transcription was"):
         run_training(config, resume=True)
 
 
@@ -260,7 +260,7 @@ def test_a_stage_of_no_steps_may_align(parts):
 
 def test_a_template_that_names_a_missing_column_stops_the_run_before_it_begins(parts, shards, tmp_path):
     config = stream_config(parts, shards, tmp_path / "run", source={"prompts": ["In {{ dialect }}"]})
-    with pytest.raises(DataError, match="needs the column 'dialect', which source .*tones has not"):
+    with pytest.raises(DataError, match=r"needs the column 'dialect', which source .*tones has not"):
         run_training(config)
     assert not (tmp_path / "run" / "config.yaml").exists()
 

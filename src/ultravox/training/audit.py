@@ -14,7 +14,7 @@ from typing import Any
 from ultravox.config.schema import RunConfig
 from ultravox.data.audit import AuditReport, Check, Expected, audit_records, compare_orders
 from ultravox.data.loader import Loader
-from ultravox.data.order import PlannedBatch, Position
+from ultravox.data.order import DataOrder, PlannedBatch, Position
 from ultravox.data.sample_log import SampleLog, parse_uids, read_sample_logs
 from ultravox.errors import DataError
 from ultravox.model.factory import build_model, build_processor
@@ -45,6 +45,8 @@ class NameMaker:
 
 def stage_tasks(config: RunConfig) -> Iterator[tuple[str, SpeechTask]]:
     """Each stage's name and task, made as a run makes them; features that are missing in the cache are computed."""
+    if config.data.streaming:
+        raise DataError("a stream cannot be audited: nobody knows its examples beforehand; load the source as a whole")
     model, processor = build_model(config.model), build_processor(config.model)
     data = prepare_speech(config, model, processor)
     for stage in config.stages:
@@ -53,6 +55,7 @@ def stage_tasks(config: RunConfig) -> Iterator[tuple[str, SpeechTask]]:
 
 def expected_of(task: SpeechTask, num_epochs: int | None = None) -> Expected:
     """What the records of a task are held against."""
+    assert isinstance(task.order, DataOrder), "a stream has no mixture"
     return Expected(parse_uids([example.uid for example in task.examples]), task.order.mixture, num_epochs)
 
 

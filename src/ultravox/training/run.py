@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
-from ultravox.data.loader import LoadedStep, Loader
+from ultravox.data.loader import Loader
 from ultravox.data.order import Position
 from ultravox.data.sample_log import SampleLog, next_attempt
 from ultravox.data.sources import require_not_shrunk
@@ -197,31 +197,9 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     last: dict[str, float] = {}
 
     def save(state: LoopState) -> None:
-        seconds = run.seconds + time.monotonic() - context.begin
         if state.step == stage.max_steps:
             run.finished.append(_stage_summary(context, task, state, last, flop_rate))
-        peak = max(run.peak_memory_bytes, peak_memory_bytes())
-        content = {
-            "stage": stage.name,
-            "step": state.step,
-            "loop": state.to_json(),
-            "random": checkpoints.random_state(),
-            "resolved_config": config.model_dump(mode="json"),
-            "config": _deciding_keys(config),
-            "config_sha256": hashlib.sha256(json.dumps(_deciding_keys(config), sort_keys=True).encode()).hexdigest(),
-            "base_models": context.base_models,
-            "data": context.data.fingerprints,
-            "sizes": context.data.sizes,
-            "order": task.order.fingerprint,
-            "stream": task.stream_state(_position(state)),
-            "memory": None if task.memory is None else task.memory.to_json(),
-            "run": {
-                "seconds": seconds,
-                "feature_cache_seconds": run.feature_cache_seconds,
-                "peak_memory_bytes": peak,
-                "finished": run.finished,
-            },
-        }
+        content = _checkpoint_content(context, task, state)
         folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
         checkpoints.save_checkpoint(folder, checkpoint)
@@ -237,24 +215,59 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         evaluate_every=stage.evaluate_every,
         checkpoint_every=stage.checkpoint_every,
     )
-    options = config.data.loader
-    loader = Loader(
-        task.order,
-        task.make_batch,
-        batches_per_step=stage.accumulation_steps,
-        workers=options.workers,
-        prefetch=options.prefetch,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-    def load(state: LoopState) -> Iterator[LoadedStep]:
-        return loader.steps(_position(state))
-
+    loader = _loader(context, task)
     release_freed_memory()  # what the stage before has left
     keep_freed_memory()
     with ExitStack() as stack:
         callbacks = _callbacks(context, state, last, stack)
-        run_stage(task, optimizer, settings, load, state=state, callbacks=callbacks, save=save, stop=context.stop)
+        run_stage(
+            task,
+            optimizer,
+            settings,
+            lambda at: loader.steps(_position(at)),
+            state=state,
+            callbacks=callbacks,
+            save=save,
+            stop=context.stop,
+        )
+
+
+def _checkpoint_content(context: _Stage, task: SpeechTask, state: LoopState) -> dict[str, Any]:
+    """All of a checkpoint that is not a tensor."""
+    config, run, deciding = context.config, context.run, _deciding_keys(context.config)
+    return {
+        "stage": context.stage.name,
+        "step": state.step,
+        "loop": state.to_json(),
+        "random": checkpoints.random_state(),
+        "resolved_config": config.model_dump(mode="json"),
+        "config": deciding,
+        "config_sha256": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest(),
+        "base_models": context.base_models,
+        "data": context.data.fingerprints,
+        "sizes": context.data.sizes,
+        "order": task.order.fingerprint,
+        "stream": task.stream_state(_position(state)),
+        "memory": None if task.memory is None else task.memory.to_json(),
+        "run": {
+            "seconds": run.seconds + time.monotonic() - context.begin,
+            "feature_cache_seconds": run.feature_cache_seconds,
+            "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes()),
+            "finished": run.finished,
+        },
+    }
+
+
+def _loader(context: _Stage, task: SpeechTask) -> Loader:
+    options = context.config.data.loader
+    return Loader(
+        task.order,
+        task.make_batch,
+        batches_per_step=context.stage.accumulation_steps,
+        workers=options.workers,
+        prefetch=options.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def _position(state: LoopState) -> Position:
