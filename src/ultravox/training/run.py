@@ -21,12 +21,12 @@ from ultravox.data.order import Position
 from ultravox.data.sample_log import SampleLog, next_attempt
 from ultravox.data.sources import require_not_shrunk
 from ultravox.errors import ConfigError, UltravoxError
-from ultravox.files import atomic_folder, atomic_write, sha256_file
+from ultravox.files import atomic_folder, atomic_write
 from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.fast import use_fast_kernels
-from ultravox.model.pretrained import hub_commit, resolve_model
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
+from ultravox.training.identity import base_models, deciding_keys
 from ultravox.training.interrupt import StopRequest, stop_on_signals
 from ultravox.training.measure import matmul_flop_rate, memory_bytes, peak_memory_bytes
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
@@ -46,11 +46,6 @@ from ultravox.training.tune import TuneTask, num_matmul_parameters
 
 FORMAT_VERSION = 1
 TASKS: dict[str, type[SpeechTask]] = {"align": AlignTask, "tune": TuneTask}
-
-#: Keys that a resumed run may change, since they do not touch its numbers.
-FREE_KEYS = ("run_dir", "logging", "evaluation")
-FREE_DATA_KEYS = ("max_cache_gb", "loader")
-FREE_STAGE_KEYS = ("log_every", "evaluate_every", "checkpoint_every")
 
 
 @dataclass(slots=True)
@@ -94,7 +89,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             require_free(run_dir, overwrite=overwrite)
         start = checkpoints.load_checkpoint(found[-1]) if resume else None
         if start is not None:
-            saved, current = start.state["config"], _deciding_keys(config)
+            saved, current = start.state["config"], deciding_keys(config)
             checkpoints.require_same(saved, current, "the configuration", found[-1])
 
         # 2. The model; its fresh weights are a function of the seed
@@ -234,7 +229,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
 
 def _checkpoint_content(context: _Stage, task: SpeechTask, state: LoopState) -> dict[str, Any]:
     """All of a checkpoint that is not a tensor."""
-    config, run, deciding = context.config, context.run, _deciding_keys(context.config)
+    config, run, deciding = context.config, context.run, deciding_keys(context.config)
     return {
         "stage": context.stage.name,
         "step": state.step,
@@ -370,34 +365,6 @@ def seed_everything(seed: int, purpose: str) -> None:
     torch.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
-
-
-def base_models(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Name of the pretrained models that a run starts from, and their content's hash or, from the hub, their commit."""
-    found = {}
-    for part in ("language_model", "audio_encoder"):
-        name = getattr(config.model, part)
-        folder = Path(resolve_model(name))
-        if folder.is_dir():
-            files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("config.json")])
-            digest = hashlib.sha256("".join(sha256_file(path) for path in files).encode()).hexdigest()
-            found[part] = {"name": name, "sha256": digest}
-        else:
-            found[part] = {"name": name, "commit": hub_commit(name)}
-    return found
-
-
-def _deciding_keys(config: RunConfig) -> dict[str, Any]:
-    """The part of the configuration that decides the run's numbers, as JSON."""
-    content = config.model_dump(mode="json")
-    progress_clips = content["evaluation"]["num_progress_clips"]
-    content = {key: value for key, value in content.items() if key not in FREE_KEYS}
-    for key in FREE_DATA_KEYS:
-        content["data"].pop(key)
-    for stage in content["stages"]:
-        for key in FREE_STAGE_KEYS:
-            stage.pop(key)
-    return {**content, "evaluation": {"num_progress_clips": progress_clips}}  # they are kept out of training
 
 
 def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
