@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -214,7 +214,7 @@ def test_windows_tell_of_all_rows_and_how_far_the_epoch_is(stream):
     assert all(2 <= names.count(name) <= 3 for name in ALL)
     assert names.count(windows[-1].clips[0].id) == 3
     assert windows[0].share[0] == 0
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in pairwise(windows):
         assert before.share[0] <= before.share[1] <= 1
         assert after.share[0] == (before.share[1] if before.epoch == after.epoch else 0)
 
