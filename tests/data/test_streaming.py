@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import pytest
 from datasets.distributed import split_dataset_by_node
 
 from ultravox.audio.waveform import load_waveform
+from ultravox.data.clip import Clip
 from ultravox.data.filters import Filters
+from ultravox.data.prepare import prepare_dataset
+from ultravox.data.sharding import PrepareOptions
 from ultravox.data.source import SourceSpec
 from ultravox.data.streaming import StreamSource, require_whole
 from ultravox.errors import CheckpointError, DataError
 
-from .hub_files import write_parquet
+from .hub_files import wav, write_parquet
 
 SHARDS, EACH = 4, 5
 ALL = {f"r{n}" for n in range(SHARDS * EACH)}
@@ -224,6 +228,34 @@ def test_a_rewound_stream_begins_anew(stream):
     first = ids(islice(one, 5))
     one.rewind()
     assert ids(islice(one, 5)) == first
+
+
+def test_a_prepared_folder_is_streamed(tmp_path):
+    """All that its rows hold comes through, and the audio stays in the shards until it is wanted."""
+    clips = []
+    for number in range(9):
+        (tmp_path / f"{number}.wav").write_bytes(wav(number))
+        clips.append(Clip(f"p{number}", tmp_path / f"{number}.wav", f"number {number}", 0.5, columns={"mood": "calm"}))
+    folder, options = tmp_path / "prepared", PrepareOptions(shards_multiple_of=3)
+    prepare_dataset(folder, {"train": lambda: iter(clips)}, options)
+    spec = SourceSpec(str(folder), streaming=True)
+    whole = ids(islice(StreamSource(spec, window=4, seed=7), 6))
+    for epoch in range(2):
+        assert sorted(flat(whole[3 * epoch : 3 * epoch + 3])) == [f"p{number}" for number in range(9)]
+    clip = next(iter(StreamSource(spec, window=4, seed=7))).clips[0]
+    assert (clip.columns["mood"], len(load_waveform(clip.audio)), len(pickle.dumps(clip)) < 1000) == (
+        "calm",
+        8000,
+        True,
+    )
+    for consumed in range(1, 6):
+        before, after = (StreamSource(spec, window=4, seed=7) for _ in range(2))
+        list(islice(before, consumed))
+        after.load_state_dict(before.state_dict())
+        assert ids(islice(after, 7 - consumed)) == whole[consumed - 1 :]
+    prepare_dataset(folder, {"train": lambda: iter(clips[1:])}, options, overwrite=True)
+    with pytest.raises(CheckpointError, match="saved with fingerprint"):
+        StreamSource(spec, window=4, seed=7).load_state_dict(before.state_dict())
 
 
 def test_caps_and_whole_datasets_are_refused(stream, folder):

@@ -45,8 +45,8 @@ class SourceConfig(Section):
     revision: Name | None = Field(None, description="commit, tag or branch of a dataset on the hub")
     streaming: bool = Field(
         False,
-        description="read a Hugging Face dataset shard by shard, never all of it; then it is the run's only source, "
-        "for stages with the objective `tune`",
+        description="read a Hugging Face dataset, or a folder that `ultravox data prepare` wrote, shard by shard and "
+        "never all of it; then it is the run's only source, for stages with the objective `tune`",
     )
     columns: dict[Name, Name] = Field(
         default_factory=dict,

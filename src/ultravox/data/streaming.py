@@ -15,8 +15,8 @@ import numpy as np
 from ultravox.data.clip import Clip, RowFault
 from ultravox.data.huggingface import HuggingFaceSource
 from ultravox.data.quarantine import Quarantine
-from ultravox.data.source import SourceSpec
-from ultravox.data.sources import usable_reason
+from ultravox.data.source import ShardedSource, SourceSpec
+from ultravox.data.sources import open_source, usable_reason
 from ultravox.errors import CheckpointError, DataError
 
 STATE_VERSION = 1
@@ -54,7 +54,7 @@ class StreamSource:
         max_quarantine_share: float = 0.01,
     ) -> None:
         """Args:
-        spec: a Hugging Face dataset with `streaming`.
+        spec: a Hugging Face dataset or a prepared folder, with `streaming`.
         window: clips in a window; the last of an epoch may have fewer.
         seed: of the order of the shards.
         rank, world_size: which part of the shards is this process's.
@@ -69,8 +69,11 @@ class StreamSource:
             raise DataError(
                 f"{spec.name}: a stream comes in another order in each epoch; leave out max_clips, max_hours"
             )
-        self.source = HuggingFaceSource(spec)
-        require_whole(self.source.stream, spec.name)
+        source = open_source(spec)
+        assert isinstance(source, ShardedSource)  # of these kinds alone a source opens with `streaming`
+        self.source = source
+        if isinstance(source, HuggingFaceSource):
+            require_whole(source.stream, spec.name)
         self.spec, self.window, self.seed = spec, window, seed
         self.rank, self.world_size = rank, world_size
         self.num_shards = self.source.num_shards
