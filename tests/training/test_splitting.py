@@ -8,11 +8,14 @@ import torch
 from tiny_run import tiny_config
 from torch import nn
 
+from ultravox.data.order import PlannedBatch
 from ultravox.errors import DataError
 from ultravox.model.factory import build_model, build_processor
+from ultravox.training.batches import SpeechBatch
 from ultravox.training.run import TASKS
 from ultravox.training.speech import prepare_speech
-from ultravox.training.splitting import halves, is_out_of_memory, run_with_splitting
+from ultravox.training.speech_task import BEGINNING
+from ultravox.training.splitting import is_out_of_memory, run_with_splitting
 
 
 def raised_by(function):
@@ -191,7 +194,8 @@ def test_halves_of_a_real_batch_give_what_the_whole_gives(parts, tmp_path, objec
     task = TASKS[objective](model, processor, prepare_speech(config, model, processor), stage, 0)
     parameters = [p for group in task.parameter_groups() for p in group.parameters.values()]
     task.train_mode()
-    batch = task.load(task.examples[:7], [0, 1] * 3 + [0], ("seed",))
+    none = np.zeros(7, dtype=int)
+    batch = task.make_batch(PlannedBatch(np.arange(7), np.arange(7) % 2, prompts=none, copies=none), BEGINNING)
     found = []
     for most in (7, 2):
 
@@ -204,7 +208,7 @@ def test_halves_of_a_real_batch_give_what_the_whole_gives(parts, tmp_path, objec
 
         splits = []
         outputs = run_with_splitting(
-            loss_and_backward, batch, halves, lambda whole, _, s=splits: s.append(whole.ids), parameters=parameters
+            loss_and_backward, batch, task.halves, lambda whole, _, s=splits: s.append(whole.ids), parameters=parameters
         )
         gradients = [p.grad for p in parameters]
         for parameter in parameters:
@@ -218,21 +222,38 @@ def test_halves_of_a_real_batch_give_what_the_whole_gives(parts, tmp_path, objec
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(one.abs().max() + 1))
 
 
-def test_halves_keep_the_windows_of_each_example_and_drop_padding():
-    examples = [SimpleNamespace(window_frames=[[5], [9, 3]]), SimpleNamespace(window_frames=[[4], [2]])]
-    batch = SimpleNamespace(
-        ids=["a", "b", "c"],
-        examples=[*examples, examples[0]],
-        versions=[1, 0, 0],
+def test_halves_keep_the_windows_of_each_row_and_drop_padding():
+    """Rows of two windows, of one, of none (text alone) and of one."""
+    numbers = [np.array([number]) for number in range(4)]
+    batch = SpeechBatch(
+        ids=["a", "b", "c", "d"],
+        uids=["A", "B", "C", "D"],
+        sources=[0, 1, 2, 3],
+        input_ids=numbers,
+        supervised=numbers,
+        transcripts=numbers,
+        audio_tokens=[[5], [2], [], [3]],
+        num_windows=[2, 1, 0, 1],
         values=torch.arange(4 * 9).view(4, 9, 1).float(),
         lengths=torch.tensor([9, 3, 4, 5]),
+        encoded=True,
+        seconds=[4.0, 1.0, 0.0, 2.0],
+        faults=[("damaged", "e")],
+        epoch=3,
         augment_seed=("s",),
     )
-    first, second = halves(batch)
-    assert first.ids == ["a"]
-    assert second.ids == ["b", "c"]
-    assert first.lengths.tolist() == [9, 3]
-    assert second.lengths.tolist() == [4, 5]
-    torch.testing.assert_close(first.values, batch.values[:2])
-    torch.testing.assert_close(second.values, batch.values[2:, :5])
+    first, second = batch.halves()
+    for name in ("ids", "uids", "sources", "input_ids", "supervised", "transcripts", "audio_tokens", "num_windows"):
+        assert getattr(first, name) + getattr(second, name) == getattr(batch, name), name
+    assert (first.ids, second.ids) == (["a", "b"], ["c", "d"])
+    assert first.lengths.tolist() == [9, 3, 4]
+    assert second.lengths.tolist() == [5]
+    torch.testing.assert_close(first.values, batch.values[:3])
+    torch.testing.assert_close(second.values, batch.values[3:, :5])
+    assert first.audio_seconds == 5.0
+    assert second.audio_seconds == 2.0
+    assert first.faults == second.faults == [], "they are counted once, before the split"
+    assert {(part.encoded, part.epoch) for part in (first, second)} == {(True, 3)}
     assert first.augment_seed != second.augment_seed
+    text_alone, _ = second.halves()
+    assert (text_alone.ids, len(text_alone.values), text_alone.audio_seconds) == (["c"], 0, 0.0)

@@ -84,8 +84,8 @@ def require_memory(audio: np.ndarray, text: np.ndarray, limits: Limits) -> None:
     if (worst := int(np.argmax(needed))) >= 0 and needed[worst] > limits.max_batch_bytes:
         raise DataError(
             f"the largest example ({audio[worst]} tokens of audio, {text[worst]} of text) needs "
-            f"{needed[worst] / 1e9:.2f} GB, but a batch may take {limits.max_batch_bytes / 1e9:.2f} GB: lower "
-            f"data.max_audio_seconds, or train fewer parts"
+            f"{needed[worst] / 1e9:.2f} GB, but a batch may take {limits.max_batch_bytes / 1e9:.2f} GB: raise "
+            f"max_batch_memory_gb, lower data.max_audio_seconds, or train fewer parts"
         )
 
 

@@ -9,6 +9,7 @@ what the process holds before it: weights, moments of the optimizer and the libr
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ Measure = Callable[[int, int, int], int]
 SPREAD = 0.1
 
 #: What is added to the largest residual: the same batch takes so much more another time.
-REPEAT_MARGIN = 0.02
+REPEAT_MARGIN = 0.03
 #: Least number of probes: with fewer, the residuals say nothing.
 MIN_PROBES = 6
 
@@ -98,11 +99,16 @@ class OfLongest:
 
 
 def spread_rows(num_rows: int, audio_tokens: int, text_tokens: int) -> list[tuple[int, int]]:
-    """Audio and text tokens of each row of a measured batch; they sum up to those of the shape."""
+    """Audio and text tokens of each row of a measured batch; they sum up to those of the shape.
+
+    No row is without audio where there is enough for all: it would have no window, as no real row of that kind has.
+    """
     share = np.linspace(1 - SPREAD, 1 + SPREAD, num_rows) / num_rows if num_rows > 1 else np.ones(1)
-    ends = np.round(np.cumsum([share, np.full(num_rows, 1 / num_rows)], axis=1) * [[audio_tokens], [text_tokens]])
+    each = min(1, audio_tokens // num_rows)
+    parts = [[audio_tokens - each * num_rows], [text_tokens]]
+    ends = np.round(np.cumsum([share, np.full(num_rows, 1 / num_rows)], axis=1) * parts)
     audio, text = np.diff(ends.astype(int), axis=1, prepend=0)
-    return list(zip(audio.tolist(), text.tolist(), strict=True))
+    return list(zip((audio + each).tolist(), text.tolist(), strict=True))
 
 
 def _terms(num_rows: Any, audio_tokens: Any, text_tokens: Any, longest: Any = None) -> dict[str, np.ndarray]:
@@ -151,23 +157,30 @@ def calibrate(
         DataError: too few batches fit into memory.
     """
     shapes = probe_shapes(max_batch_tokens, max_audio_tokens, max_text_tokens)
-    measured: list[tuple[int, int, int, int]] = []
-    measure(*shapes[0])  # what is only made once, such as compiled kernels, is not the batch's
-    for index, shape in enumerate(shapes):
-        try:
-            measured.append((*shape, measure(*shape)))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            break
-        on_probe(index + 1, len(shapes))
+    small = [shape for shape in shapes if shape[1] + shape[2] <= max_batch_tokens / 2]
+    order = [*shapes, *small]
+    measured: dict[Shape, int] = {}
+    too_many = math.inf
+    on_probe(0, len(order))
+    for index, shape in enumerate(order):
+        if (tokens := shape[1] + shape[2]) < too_many:
+            # Small ones are measured again after large ones: among what those have left, they take more. But the very
+            # first one also pays for what is only made once, such as compiled kernels.
+            before = measured.get(shape, 0) if index > len(shapes) else 0
+            try:
+                measured[shape] = max(before, measure(*shape))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                too_many = tokens
+        on_probe(index + 1, len(order))
     if len(measured) < MIN_PROBES:
         rows, audio, text = shapes[len(measured)]
         raise DataError(
             f"a batch of {rows} rows with {audio + text} tokens does not fit into memory: lower max_batch_tokens "
             f"(now {max_batch_tokens}) or data.max_audio_seconds"
         )
-    return fit(measured)
+    return fit([(*shape, taken) for shape, taken in measured.items()])
 
 
 def probe_shapes(max_batch_tokens: int, max_audio_tokens: int, max_text_tokens: int) -> list[Shape]:
