@@ -8,8 +8,8 @@ a process of its own; all but the first take the calibration from the results of
 
 predict: calibrates, then predicts and measures each batch. Two peaks are compared, both of resident memory: what the
     batch takes beside what the process holds before it, and the process's total.
-in_order: sets RLIMIT_AS to the process's size at its start + the largest prediction + SLACK_BYTES, and runs all batches
-    one after the other, keeping freed memory as training does.
+in_order: sets RLIMIT_AS to the process's size at its start, when all freed memory has been given back, + the largest
+    prediction + SLACK_BYTES, and runs all batches one after the other, keeping freed memory as training does.
 ascending: the same from the smallest to the largest, the limit following what is predicted for each.
 over: sets RLIMIT_AS so that half of the largest batch fits. The whole must fail in a way that is recognised, its halves
     must give the loss and the gradients that the whole gives without a limit, and the next batch must run.
@@ -30,38 +30,37 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ultravox.config.data import AugmentConfig
+from ultravox.config.data import AugmentConfig, SourceConfig
 from ultravox.config.load import load_config
 from ultravox.data.plan import plan_batches
 from ultravox.model.factory import build_model, build_processor
 from ultravox.model.fast import use_fast_kernels
+from ultravox.training.batches import SpeechBatch
 from ultravox.training.measure import memory_bytes
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel, calibrate
-from ultravox.training.memory_probe import Probe, make_probe, measure_task, peak_on_cpu, run_probe
-from ultravox.training.speech import Example, Features, SpeechData
-from ultravox.training.speech_task import SpeechBatch
-from ultravox.training.splitting import halves, is_out_of_memory, run_with_splitting
+from ultravox.training.memory_probe import make_probe, measure_task, peak_on_cpu, run_probe
+from ultravox.training.speech import prepare_speech
+from ultravox.training.splitting import is_out_of_memory, run_with_splitting
 from ultravox.training.tune import TuneTask
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 MAX_AUDIO_TOKENS, MAX_TEXT_TOKENS = 300, 80
+NUM_CLIPS = 20
 #: What a process needs beyond the prediction when batches of many shapes come one after the other: oneDNN's compiled
 #: products (half a megabyte for each shape), and holes between what is kept.
 SLACK_BYTES = 256 << 20
 
 
 def build_task() -> TuneTask:
-    """The stage `tune` of the quickstart, on one example, which lends its words."""
+    """The stage `tune` of the quickstart, on a few clips, which lend their words."""
     config = load_config(ROOT / "configs" / "quickstart.yaml")
+    config.data.sources = [SourceConfig(name="spoken-requests-en", task="answer", max_clips=NUM_CLIPS)]
+    config.evaluation.num_progress_clips = 0
     processor, model = build_processor(config.model), build_model(config.model)
     use_fast_kernels(model)
-    text = np.array(processor.tokenizer.encode(" the quick brown fox jumps over the lazy dog"))
-    ids = np.concatenate([text[:3], [model.config.audio_token_index], text[3:]])
-    example = Example("made", "made", "", 1, ids, np.arange(len(ids)) > 5, text, ["made"], [[50]], [1.0])
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    data: Any = SpeechData([example], [], Features(model, "float16"), None, {}, 1.0, trainable)  # type: ignore[arg-type]
+    data = prepare_speech(config, model, processor)
     task = TuneTask(model, processor, data, config.stages[-1], config.seed)
     task.parameter_groups()
     task.train_mode()
@@ -132,14 +131,18 @@ def set_limit(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (num_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def prepared(count: int) -> tuple[TuneTask, list[Probe], list[int], int]:
+def prepared(count: int) -> tuple[TuneTask, list[SpeechBatch], list[int], int]:
     """A task that has run once, batches, what is predicted for each, and the process's size."""
     model = MemoryModel.from_json(json.loads(RESULTS.read_text())["predict"]["model"])
     task = build_task()
-    keep_freed_memory()
     batches = random_batches(count, max_batch_tokens())
     probes = [make_probe(task, batch) for batch in batches]
+    keep_freed_memory()  # only now: what the encoder has freed would leave holes between the batches
     run_probe(task, make_probe(task, [(4, 12)]))  # threads and kernels are there once
+    print(virtual_bytes(), file=sys.stderr)
+    gc.collect()
+    release_freed_memory()
+    print(virtual_bytes(), file=sys.stderr)
     return task, probes, [predicted(model, batch) for batch in batches], virtual_bytes()
 
 
@@ -170,7 +173,7 @@ def over(count: int) -> dict[str, Any]:
     task.stage.augment = AugmentConfig()  # which is drawn anew for each half
     order = np.argsort(needs)
     parameters = list(task.trainable.values())
-    batch = probes[order[-1]].batch()
+    batch = probes[order[-1]]
     model = MemoryModel.from_json(json.loads(RESULTS.read_text())["predict"]["model"])
 
     def loss_and_backward(part: SpeechBatch) -> tuple[float, float]:
@@ -184,8 +187,8 @@ def over(count: int) -> dict[str, Any]:
             parameter.grad = None
         return [gradient for gradient in found if gradient is not None]
 
-    half = halves(batch)[1]  # the planner sorts by length
-    need = int(model.predict(len(half.ids), *_counts(task, half)))
+    half = batch.halves()[1]  # the planner sorts by length
+    need = int(model.predict(len(half.ids), *_counts(half)))
     bound = start + need + SLACK_BYTES
     assert bound < start + needs[order[-1]]
     set_limit(bound)
@@ -198,7 +201,7 @@ def over(count: int) -> dict[str, Any]:
     gradients()
     splits: list[int] = []
     parts = run_with_splitting(
-        loss_and_backward, batch, halves, lambda whole, _: splits.append(len(whole.ids)), parameters=parameters
+        loss_and_backward, batch, task.halves, lambda whole, _: splits.append(len(whole.ids)), parameters=parameters
     )
     of_parts = gradients()
     run_probe(task, probes[order[0]])
@@ -218,10 +221,10 @@ def over(count: int) -> dict[str, Any]:
     }
 
 
-def _counts(task: TuneTask, batch: SpeechBatch) -> tuple[int, int, int]:
+def _counts(batch: SpeechBatch) -> tuple[int, int, int]:
     """Audio tokens, text tokens and the longest row of a batch."""
-    audio = np.array([task.audio_tokens(example, 0) for example in batch.examples])
-    text = np.array([len(example.input_ids) - 1 for example in batch.examples])
+    audio = np.array([sum(counts) for counts in batch.audio_tokens])
+    text = np.array([len(ids) - len(counts) for ids, counts in zip(batch.input_ids, batch.audio_tokens, strict=True)])
     return int(audio.sum()), int(text.sum()), int((audio + text).max())
 
 

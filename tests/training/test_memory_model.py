@@ -101,7 +101,17 @@ def test_probes_are_a_handful_of_small_and_large_batches():
     assert 1300 < totals[-1] <= 1500
     assert all(rows > 0 and audio % rows == text % rows == 0 for rows, audio, text in shapes)
     assert max((audio + text) / rows for rows, audio, text in shapes) == 380
-    assert len(probe_shapes(50, 20, 12)) >= MIN_PROBES
+
+
+@pytest.mark.parametrize("limits", [(50, 20, 12), (600, 150, 0), (100, 1, 0), (100, 1, 3), (400, 400, 0)])
+def test_there_are_enough_probes_whatever_the_rows_are_like(limits):
+    max_batch_tokens, max_audio_tokens, max_text_tokens = limits
+    shapes = probe_shapes(*limits)
+    assert len(shapes) >= MIN_PROBES
+    for rows, audio, text in shapes:
+        assert audio + text <= max_batch_tokens
+        assert 1 <= audio / rows <= max_audio_tokens
+        assert bool(text) == bool(max_text_tokens), "as the task's own rows"
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4), (7, 7, 28), (12, 20, 48), (30, 1110, 300), (9, 0, 100)])

@@ -31,7 +31,9 @@ Measure = Callable[[int, int, int], int]
 SPREAD = 0.1
 
 #: What is added to the largest residual: the same batch takes so much more another time.
-REPEAT_MARGIN = 0.03
+REPEAT_MARGIN = 0.04
+#: Text tokens that a row has at least, where it has any.
+LEAST_TEXT = 4
 #: Least number of probes: with fewer, the residuals say nothing.
 MIN_PROBES = 6
 
@@ -184,8 +186,12 @@ def calibrate(
 
 
 def probe_shapes(max_batch_tokens: int, max_audio_tokens: int, max_text_tokens: int) -> list[Shape]:
-    """The batches that `calibrate` measures, the smallest first: rows long and short, of much audio and of little."""
-    few_audio, few_text = max(1, max_audio_tokens // 8), max(4, max_text_tokens // 8)
+    """The batches that `calibrate` measures, the smallest first: rows long and short, of much audio and of little.
+
+    None has text where no row has any.
+    """
+    least_text = min(LEAST_TEXT, max_text_tokens)
+    few_audio, few_text = max(1, max_audio_tokens // 8), max(least_text, max_text_tokens // 8)
     share = max_audio_tokens / (max_audio_tokens + max_text_tokens)
     pairs = [
         (max_audio_tokens, max_text_tokens),
@@ -197,13 +203,14 @@ def probe_shapes(max_batch_tokens: int, max_audio_tokens: int, max_text_tokens: 
     if max_audio_tokens + max_text_tokens > MAX_KEPT_TOKENS:  # the longest rows of which attention keeps its weights
         kept = int(MAX_KEPT_TOKENS / (1 + SPREAD))
         audio = round(kept * share)
-        pairs += [(max(1, audio), max(4, kept - audio)), (max(1, audio // 2), max(4, (kept - audio) // 2))]
-    shapes = set()
-    for audio, text in pairs:
-        for budget in (max_batch_tokens / 4, max_batch_tokens):
-            rows = max(1, int(budget / (audio + text)))
-            shapes.add((rows, rows * audio, rows * text))
-    shapes.add((1, few_audio, few_text))
+        pairs += [(max(1, audio), max(least_text, kept - audio))]
+        pairs += [(max(1, audio // 2), max(least_text, (kept - audio) // 2))]
+    shapes = {(1, few_audio, few_text)}
+    for parts in (1, 4, 2, 8, 16):
+        if parts in (1, 4) or len(shapes) < MIN_PROBES:
+            for audio, text in pairs:
+                rows = max(1, int(max_batch_tokens / parts / (audio + text)))
+                shapes.add((rows, rows * audio, rows * text))
     return sorted(shapes, key=lambda shape: (shape[1] + shape[2], shape))
 
 

@@ -1,9 +1,10 @@
 """Measuring what a batch takes: batches of any shape for a real task, and the peak of memory while one runs.
 
-On a CPU the peak is the largest resident memory of the process while the batch is made and run forwards and backwards,
-less the resident memory before it, when all freed memory has been given back (`release_freed_memory`): training keeps
-freed memory, so without that a batch would seem to take only what it needs beyond the batch before it. On a GPU it is
-the same of the allocator's own counts.
+On a CPU the peak is the largest resident memory of the process while a batch is run forwards and backwards, less the
+resident memory before it, when all freed memory has been given back (`release_freed_memory`): training keeps freed
+memory, so without that a batch would seem to take only what it needs beyond the batch before it. The batch's own
+frames, a few megabytes that the loader makes ahead, are not in it. On a GPU it is the same of the allocator's own
+counts.
 """
 
 import gc
@@ -17,7 +18,7 @@ from ultravox.data.collate import pad_frames
 from ultravox.errors import UltravoxError
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.measure import memory_bytes
-from ultravox.training.memory import release_freed_memory
+from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import Measure, MemoryModel, calibrate, spread_rows
 from ultravox.training.progress import bar
 from ultravox.training.speech_task import SpeechTask
@@ -43,7 +44,7 @@ def make_probe(task: SpeechTask, rows: Sequence[tuple[int, int]]) -> SpeechBatch
             heard = features.heard(waveform)
             pieces[audio_tokens] = features.slots.split(features.encode([waveform])[0]) if batch.encoded else heard
         mine = pieces[audio_tokens]
-        prompt = min(PROMPT_TOKENS, text_tokens - 1)
+        prompt = max(0, min(PROMPT_TOKENS, text_tokens - 1))
         ids = np.resize(words, text_tokens + 1)
         ids[prompt] = task.model.config.audio_token_index
         batch.ids.append(f"probe-{index}")
@@ -51,7 +52,7 @@ def make_probe(task: SpeechTask, rows: Sequence[tuple[int, int]]) -> SpeechBatch
         batch.sources.append(0)
         batch.input_ids.append(ids)
         batch.supervised.append(np.arange(len(ids)) > prompt)
-        batch.transcripts.append(np.resize(words, max(1, min(text_tokens, audio_tokens // 2))))  # CTC wants room
+        batch.transcripts.append(np.resize(words, max(1, audio_tokens // 2)))  # CTC has room for no more
         batch.audio_tokens.append([task.maker.audio_tokens(task.maker.frames(mine))])
         batch.num_windows.append(len(mine))
         batch.seconds.append(0.0)
@@ -84,12 +85,13 @@ def run_probe(task: SpeechTask, batch: SpeechBatch) -> None:
 
 def calibrate_task(task: SpeechTask) -> MemoryModel:
     """A model of what a task's batches take, from a few that are run. Draws no random number of the run."""
+    keep_freed_memory()  # as training does
     with torch.random.fork_rng(), bar("measuring memory", unit="batches") as on_probe:
         return calibrate(
             measure_task(task),
             max_batch_tokens=task.stage.max_batch_tokens,
             max_audio_tokens=max(1, int(task.audio_tokens.max())),
-            max_text_tokens=max(4, int(task.text_tokens.max())),
+            max_text_tokens=int(task.text_tokens.max()),
             on_probe=on_probe,
         )
 
