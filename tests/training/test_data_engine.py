@@ -159,6 +159,22 @@ def test_too_many_damaged_recordings_end_the_run(parts, tmp_path):
         )
 
 
+def test_a_damaged_recording_among_those_kept_out_is_set_aside(parts, tmp_path):
+    """Without a cache nothing else has heard them when progress is looked at."""
+    config = config_of(parts, tmp_path / "run", data={"cache": "none"})
+    model, processor = build_model(config.model), build_processor(config.model)
+    kept = [example.id for example in prepare_speech(config, model, processor).progress_examples]
+    folder = tmp_path / "tones"
+    shutil.copytree(parts[1], folder)
+    (clip,) = [clip for clip in load_clips(folder) if clip.id == kept[0]]
+    clip.audio.write_bytes(clip.audio.read_bytes()[:3000])
+    data = {"cache": "none", "max_quarantine_share": 0.05}
+    run_training(config_of((parts[0], folder), tmp_path / "run", data=data, evaluate_every=2))
+    summary = summary_of(tmp_path / "run")
+    assert summary["num_progress_clips"] == len(kept) - 1
+    assert summary["quarantined_files"] == {"damaged or truncated": [kept[0]]}
+
+
 # Tasks
 
 
@@ -244,7 +260,7 @@ def test_rows_without_words_are_set_aside(parts, tmp_path, wavs):
 # Mixtures and sources
 
 
-def test_weights_are_asked_for_and_kept(parts, tmp_path, wavs):
+def test_weights_are_asked_for_and_kept(parts, tmp_path, wavs, capsys):
     few = [{"id": f"f{n}", "audio": wavs(n), "text": "one"} for n in range(4)]
     many = [{"id": f"m{n}", "audio": wavs(n), "text": "two"} for n in range(4, 28)]
     sources = [
@@ -252,6 +268,7 @@ def test_weights_are_asked_for_and_kept(parts, tmp_path, wavs):
         source(manifest(tmp_path / "many", many), "transcription", weight=2),
     ]
     run_training(config_of(parts, tmp_path / "run", steps=30, data={"sources": sources, "speeds": [1.0]}))
+    assert "few/rows.jsonl/train/transcription 33." in capsys.readouterr().err.replace("\n", "")
     mixture = summary_of(tmp_path / "run")["stages"][0]["mixture"]
     assert [round(share["requested"], 3) for share in mixture.values()] == [0.333, 0.667]
     for share in mixture.values():

@@ -71,7 +71,10 @@ def log(run):
 
 
 def attempts(run, stage="tune"):
-    return [json.loads(line) for line in (run / "samples" / stage / "samples-rank0.jsonl").read_text().splitlines()]
+    """A row for each example that was trained on, with its step counted from 1."""
+    lines = (run / "samples" / stage / "samples-rank0.jsonl").read_text().splitlines()
+    batches = [batch for batch in map(json.loads, lines) if "uids" in batch]
+    return [batch | {"step": batch["step"] + 1, "uid": name} for batch in batches for name in batch["uids"]]
 
 
 def samples(run):

@@ -194,6 +194,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     def save(state: LoopState) -> None:
         if state.step == stage.max_steps:
             run.finished.append(_stage_summary(context, task, state, last, flop_rate))
+            _tell_mixture(stage.name, run.finished[-1]["mixture"])
         content = _checkpoint_content(context, task, state)
         folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
@@ -365,6 +366,14 @@ def seed_everything(seed: int, purpose: str) -> None:
     torch.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
+
+
+def _tell_mixture(stage: str, mixture: dict[str, dict[str, float]]) -> None:
+    """What came of each source, beside what was asked for."""
+    shares = [f"{name} {share['realised']:.1%} (asked {share['requested']:.1%})" for name, share in mixture.items()]
+    if len(shares) > 1:
+        text = f"stage {stage}: of the examples, {', '.join(shares)}"
+        Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:

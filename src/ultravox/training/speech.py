@@ -12,6 +12,7 @@ import torch
 
 from ultravox.audio.content import Audio
 from ultravox.audio.lengths import SAMPLE_RATE
+from ultravox.audio.waveform import load_waveform
 from ultravox.config.data import SourceConfig
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.cache import CacheReport, FeatureRequest, SizeCap
@@ -19,12 +20,12 @@ from ultravox.data.examples import TokenisedExample, tokenise
 from ultravox.data.filters import Filters
 from ultravox.data.fingerprint import fingerprint, uid
 from ultravox.data.manifest import Clip
-from ultravox.data.quarantine import Quarantine
+from ultravox.data.quarantine import Quarantine, audio_fault
 from ultravox.data.source import SourceSpec
 from ultravox.data.sources import load_source
 from ultravox.data.streaming import ROWS_TO_JUDGE
 from ultravox.data.templates import PromptTemplate, UnusableRow
-from ultravox.errors import DataError
+from ultravox.errors import AudioError, DataError
 from ultravox.metrics.normalize import normalize_english, spoken_form
 from ultravox.training.features import Features
 from ultravox.training.progress import bar
@@ -142,7 +143,10 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         quarantine.update(loaded.left_out)
         parts[source_key(source)] = [loaded.fingerprint]
         rows += [(index, clip) for clip in loaded.clips]
+    cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
     progress, training = _keep_out(data.sources, rows, config.evaluation.num_progress_clips)
+    if not cached:
+        progress = [(index, clip) for index, clip in progress if _is_heard(clip, data.max_audio_seconds, quarantine)]
 
     # Text before audio: what is wrong with it is found out before hours of encoding
     found: dict[int, Example] = {}
@@ -157,7 +161,6 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     quarantine.require(data.max_quarantine_share, num_rows)
 
     features = Features(model, data.feature_dtype, config.model.audio_encoder)
-    cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
     wanted = [(i, clip, speed) for i, clip in training for speed in data.sources[i].speeds or data.speeds]
     wanted = [choice for choice in [*wanted, *((i, clip, 1.0) for i, clip in progress)] if id(choice[1]) in found]
     heard = [templates[index].recordings(clip) for index, clip, _ in wanted]
@@ -230,6 +233,16 @@ def _check(config: RunConfig, requests: list[FeatureRequest]) -> CacheReport:
             report.quarantine.add(reason, str(request.audio))
             report.names[index] = None
     return report
+
+
+def _is_heard(clip: Clip, max_seconds: float, quarantine: Quarantine) -> bool:
+    """Whether a clip can be decoded; if not, it is set aside. Without a cache, nothing else tells it beforehand."""
+    try:
+        load_waveform(clip.audio, max_seconds=max_seconds)
+    except AudioError as error:
+        quarantine.add(audio_fault(error, clip.audio), clip.id)
+        return False
+    return True
 
 
 def source_spec(source: SourceConfig) -> SourceSpec:
