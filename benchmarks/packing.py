@@ -3,10 +3,10 @@
     python benchmarks/packing.py [--tokens 1200] [--steps 8]
 
 A step is forward and backward; the loss is on a clip's own transcript. Every way of making batches takes the same
-number of steps in turn with the others, so that what else the machine does hits all alike. Batches hold clips of like
-length, as training makes them, or clips as they come (`any`), as a loader without buckets would. The general way is
-what any language model gets (attention by SDPA, with masks of several short rows); our kernels are Llama's. Result:
-benchmarks/results/packing.json.
+number of steps in turn with the others, on one core, and the core's own seconds are counted: what else the machine does
+hits all alike. Batches hold clips of like length, as training makes them, or clips as they come (`any`), as a loader
+without buckets would. The general way is what any language model gets (attention by SDPA, with masks of several short
+rows); our kernels are Llama's. Result: benchmarks/results/packing.json.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Variant:
         """Forward and backward pass of clips of these lengths, [clip, 2]."""
         inputs, labels, mask = random_batch(rows, self.model.config.hidden_size, seed)
         self.model.zero_grad(set_to_none=True)
-        start = time.perf_counter()
+        start = time.process_time()
         arguments: dict[str, Any] = {}
         if self.packer is not None:
             packed = self.packer.pack(mask)
@@ -87,7 +87,7 @@ class Variant:
         hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
         cross_entropy(hidden, labels, self.model.get_output_embeddings().weight)[0].backward()
         if counted:
-            self.seconds += time.perf_counter() - start
+            self.seconds += time.process_time() - start
             self.tokens += int(mask.sum())
             self.positions += inputs.shape[0] * inputs.shape[1]
 
@@ -122,10 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1200, help="budget of a batch (default %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="steps of each way (default %(default)s)")
-    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     keep_freed_memory()
     rows = clip_lengths("asterisk-en", load_tokenizer(MODEL))
     lengths, budget = rows[:, 0], options.tokens
@@ -147,23 +145,21 @@ def main() -> None:
     base = variants[0].seconds / variants[0].tokens
     table = {
         variant.name: {
-            "seconds_per_step": round(variant.seconds / options.steps, 3),
+            "core_seconds_per_step": round(variant.seconds / options.steps, 3),
             "tokens_per_step": round(variant.tokens / options.steps),
             "padding_share": round(1 - variant.tokens / variant.positions, 4),
-            "tokens_per_second": round(variant.tokens / variant.seconds),
+            "tokens_per_core_second": round(variant.tokens / variant.seconds),
             "speed_to_padded": round(base * variant.tokens / variant.seconds, 3),
         }
         for variant in variants
     }
     spread = {"mean": round(float(lengths.mean()), 1), "least": int(lengths.min()), "most": int(lengths.max())}
-    settings = {"model": MODEL, "threads": torch.get_num_threads(), "max_batch_tokens": budget, "steps": options.steps}
+    settings = {"model": MODEL, "threads": 1, "max_batch_tokens": budget, "steps": options.steps}
     RESULTS.write_text(json.dumps({"settings": settings, "lengths": spread, "ways": table}, indent=1) + "\n")
     print(f"{'':34} s/step  padding  tokens/s  to padded")
     for name, row in table.items():
-        print(
-            f"{name:34} {row['seconds_per_step']:6.2f}  {row['padding_share']:6.1%}  {row['tokens_per_second']:8}"
-            f"  {row['speed_to_padded']:8.2f}"
-        )
+        seconds, padding, rate, speed = (row[key] for key in list(row) if key != "tokens_per_step")
+        print(f"{name:34} {seconds:6.2f}  {padding:6.1%}  {rate:8}  {speed:9.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast `ultravox data prepare` is on one core, and that its memory does not grow with the corpus.
 
-    python benchmarks/prepare.py [--source asterisk-en] [--repeat 8] [--rounds 5]
+    python benchmarks/prepare.py [--source asterisk-en] [--repeat 8] [--rounds 3]
 
 The recordings of a source (several times, under new ids) are prepared by one process, in three forms: FLAC at 16 kHz,
 which is checked and stored as it is; the same as WAV, which is encoded; and as 44.1 kHz stereo WAV, which is resampled
@@ -63,7 +63,7 @@ def write_form(source: str, form: str, folder: Path) -> None:
 def measure(manifest: str, repeat: int, output: str) -> dict[str, float]:
     """Prepare a manifest's rows `repeat` times in this process; with "" as the manifest, so many rows of text."""
     from ultravox.audio.content import NO_AUDIO
-    from ultravox.data.manifest import Clip
+    from ultravox.data.clip import Clip
     from ultravox.data.prepare import prepare_dataset
     from ultravox.data.sharding import PrepareOptions
     from ultravox.data.sources import load_clips
@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="asterisk-en", help="where the recordings come from (default %(default)s)")
     parser.add_argument("--repeat", type=int, default=8, help="how often each comes (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="fresh processes of each (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each (default %(default)s)")
     parser.add_argument("--text-rows", type=int, default=TEXT_ROWS, help="rows without audio (default %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the numbers are kept")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)

@@ -18,7 +18,7 @@ def blocks() -> list[tuple[str, str]]:
     """Heading and content of each shell block."""
     found, heading = [], ""
     for match in re.finditer(
-        r"^#+ (?P<heading>.*)$|^```bash\n(?P<block>.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL
+        r"^#+ (?P<heading>[^\n]*)$|^```bash\n(?P<block>.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL
     ):
         heading = match["heading"] or heading
         if match["block"]:

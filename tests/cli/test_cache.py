@@ -100,6 +100,13 @@ def test_build_takes_overrides(parts, home, capsys):
     assert "none, it trains" in out
 
 
+def test_build_has_nothing_to_do_for_a_stream(parts, home, capsys):
+    text = (parts / "run.yaml").read_text().replace("objective: align", "objective: tune")
+    (parts / "stream.yaml").write_text(text.replace("tones}", "tones, streaming: true}"))
+    code, _, err = call(capsys, "build", parts / "stream.yaml")
+    assert (code, "its source is streamed" in err) == (2, True)
+
+
 def test_info_shows_each_key(parts, home, capsys, tiny_models):
     code, out, _ = call(capsys, "info")
     assert code == 0

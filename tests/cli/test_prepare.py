@@ -1,6 +1,7 @@
 """``ultravox data prepare``: what it prints, counts and refuses; a real kill of its processes."""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -186,3 +187,33 @@ def test_kill_9_of_the_command_leaves_no_worker_and_the_next_run_ends_it(corpus,
     assert contents(output) == contents(tmp_path / "whole")
     same = [name for name, inode in kept.items() if os.stat(output / "data" / name).st_ino == inode]
     assert len(same) >= 3, "what was finished was not built again"
+
+
+def test_columns_of_another_name_parts_of_recordings_and_missing_files(corpus, tmp_path, capsys):
+    rows = [
+        {"key": "whole", "audio": "train-0.flac", "sentence": "all of it", "topic": "a"},
+        {"key": "part", "audio": "train-1.flac", "sentence": "the middle", "offset": 0.1, "duration": 0.25},
+        {"key": "gone", "audio": "nowhere.flac", "sentence": "nothing"},
+    ]
+    (corpus / "theirs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [corpus / "theirs.jsonl", "--output", tmp_path / "out", "--workers", "1", "--columns", "id=key"]
+    words += ["--columns", "text=sentence", "--max-quarantine-share", "0.5"]
+    assert prepare(*words) == 0
+    assert "1 × left out: missing audio" in capsys.readouterr().out
+    whole, part = iter_prepared(tmp_path / "out", "theirs")
+    assert (whole.id, whole.text, dict(whole.columns)) == ("whole", "all of it", {"topic": "a"})
+    assert part.duration == 0.25
+    samples, _ = soundfile.read(corpus / "train-1.flac", dtype="int16")
+    assert np.array_equal(soundfile.read(io.BytesIO(part.audio.read()), dtype="int16")[0], samples[1600:5600])
+    assert prepare(*words[:-2], "--columns", "text") == 2
+    assert "--columns takes OURS=THEIRS" in capsys.readouterr().err
+
+
+def test_what_is_prepared_is_a_source_again(corpus, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert prepare(corpus / "train.jsonl", "--output", first, "--workers", "1") == 0
+    assert prepare(first, "--output", second, "--workers", "1") == 0
+    again = contents(second)
+    assert {name: again[name] for name in again if "/" in name} == {
+        name: content for name, content in contents(first).items() if "/" in name
+    }

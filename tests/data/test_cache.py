@@ -276,7 +276,7 @@ def test_bad_clips_are_counted_by_reason_and_too_many_stop_the_run(home, request
         "not readable as audio": 1,
         "empty": 1,
         "too short": 1,
-        "missing": 1,
+        "missing audio": 1,
     }
     assert report.quarantine.counts() == {reason: len(files) for reason, files in report.quarantined.items()}
     assert report.names[-5:] == [None] * 5

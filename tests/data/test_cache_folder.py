@@ -188,6 +188,19 @@ def test_what_is_in_use_stays_and_the_error_says_so(requests):
     assert not find_shards(OTHER.folder())
 
 
+def test_another_readers_shards_of_the_same_key_stay(requests):
+    """It may read other clips than this run does; whether it does, only the lock of the key can tell."""
+    held = FeatureCache(KEY, shard_bytes=1000)
+    names = held.build(requests[8:], Encoder()).names
+    encoder = Encoder()
+    with pytest.raises(DataError, match="this run or other running processes use"):
+        FeatureCache(KEY).build(requests[:8], encoder, cap=SizeCap(features_bytes(), FPS))
+    assert encoder.calls == 0
+    assert_right(FeatureCache(KEY), requests[8:], names)
+    del held
+    assert build(KEY, requests[:8], cap=SizeCap(features_bytes(), FPS)) == 8
+
+
 def test_clips_that_are_longer_than_they_say_stay_below_the_limit_too(requests):
     from dataclasses import replace
 

@@ -219,7 +219,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     for file in (tmp_path / "b" / "set").iterdir():
         os.utime(file, (0, 0))
     assert both(tmp_path / "b" / "set") == first
-    for column, value in (("text", "other"), ("audio", {"bytes": wav(9, 0.6), "path": "r0.wav"})):
+    for column, value in (("text", "number 9"), ("text", "other"), ("audio", {"bytes": wav(9, 0.6), "path": "r0.wav"})):
         columns = rows(2)
         columns[column][0] = value
         pq.write_table(pa.table(columns), tmp_path / "b" / "set" / "train-00000-of-00002.parquet", row_group_size=2)

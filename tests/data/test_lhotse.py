@@ -125,6 +125,17 @@ def test_a_shar_folder_that_is_not_whole_is_refused(mono, tmp_path):
         load_clips(tmp_path / "shar")
 
 
+def test_audio_of_another_shard_is_no_audio_of_this_one(mono, tmp_path):
+    (tmp_path / "shar").mkdir()
+    cuts_of(mono, (0, 1.0), (1.0, 1.0)).to_shar(str(tmp_path / "shar"), fields={"recording": "wav"}, shard_size=1)
+    first, second = (tmp_path / "shar" / f"recording.00000{index}.tar" for index in (0, 1))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    with pytest.raises(DataError, match=r"holds c1\.wav where cuts\.000000\.jsonl\.gz has the cut c0"):
+        load_clips(tmp_path / "shar")
+
+
 def test_cuts_that_cannot_be_read_are_set_aside(mono, tmp_path):
     from lhotse import CutSet
 

@@ -100,6 +100,14 @@ def test_little_padding_of_audio_and_of_the_whole_sequence():
     assert waste(audio, one_dimensional) > 2 * waste(audio, batches)
 
 
+@pytest.mark.parametrize("mode", ["padded", "packed", "best_fit"])
+def test_batches_come_in_random_order(mode):
+    audio, text = speech(5000)
+    batches = plan(audio, text, Limits(1500, mode), [0])
+    means = [(audio + text)[batches[i]].mean() for i in range(len(batches))]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.15
+
+
 def test_few_examples_are_sorted_by_length_alone():
     audio, text = speech(400)
     batches = plan(audio, text, Limits(3000), [0])

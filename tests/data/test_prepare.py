@@ -18,13 +18,12 @@ import soundfile
 
 from ultravox.audio.content import NO_AUDIO
 from ultravox.audio.waveform import load_waveform
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip, RowFault
 from ultravox.data.prepare import prepare_dataset
 from ultravox.data.prepared import iter_prepared, verify
-from ultravox.data.quarantine import Quarantine
-from ultravox.data.shard import RowOptions, plain_flac_samples
+from ultravox.data.shard import RowOptions, is_plain_flac, store
 from ultravox.data.sharding import PrepareOptions
-from ultravox.errors import DataError, UltravoxError
+from ultravox.errors import AudioError, DataError, UltravoxError
 
 THREE_SHARDS = PrepareOptions(shards_multiple_of=3)
 
@@ -122,18 +121,30 @@ def test_the_original_bytes_are_kept_on_request(tmp_path):
 )
 def test_only_one_kind_of_flac_is_taken_as_it_is(rate, channels, subtype, format, tmp_path):
     soundfile.write(tmp_path / "a", noise(1000, channels), rate, subtype, format=format)
-    assert plain_flac_samples((tmp_path / "a").read_bytes()) is None
+    assert not is_plain_flac((tmp_path / "a").read_bytes())
     soundfile.write(tmp_path / "b", noise(1234), 16000, format="FLAC")
     content = (tmp_path / "b").read_bytes()
-    assert plain_flac_samples(content) == 1234
-    assert plain_flac_samples(content[:30]) is None
-    assert plain_flac_samples(b"") is None
+    assert is_plain_flac(content)
+    assert not is_plain_flac(content[:20])
+    assert not is_plain_flac(b"")
+
+
+@pytest.mark.parametrize("num_samples", [16000, 70000])
+def test_flac_that_holds_less_than_it_declares_is_truncated(num_samples, tmp_path):
+    """As when it was cut between two of its frames, by less than a header may be wrong in other formats."""
+    path = tmp_path / "a.flac"
+    soundfile.write(path, noise(num_samples), 16000)
+    content = bytearray(path.read_bytes())
+    content[18:26] = (int.from_bytes(content[18:26], "big") + 800).to_bytes(8, "big")
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match="damaged or truncated"):
+        store(path, RowOptions())
 
 
 def test_shards_are_consecutive_even_and_no_larger_than_asked_for(tmp_path):
     clips = []
     for index in range(30):
-        seconds = 1 + index % 5
+        seconds = 1 if index < 20 else 6
         soundfile.write(tmp_path / f"{index}.flac", noise(seconds * 16000, seed=index), 16000)
         clips.append(Clip(str(index), tmp_path / f"{index}.flac", "words", float(seconds)))
     info = run(tmp_path / "out", clips, PrepareOptions(shards_multiple_of=4, max_shard_mb=1)).info
@@ -427,7 +438,7 @@ def faulty(make_clips, tmp_path, write_three_hours):
     (folder / "empty.wav").write_bytes(b"")
     (folder / "words.wav").write_text("words and not sounds " * 20)
     audio = {
-        "missing": [folder / "nowhere.wav"],
+        "missing audio": [folder / "nowhere.wav"],
         "damaged or truncated": [cut, cut_flac],
         "with NaN or infinite samples": [
             write("nan.wav", not_a_number, subtype="FLOAT"),
@@ -441,9 +452,9 @@ def faulty(make_clips, tmp_path, write_three_hours):
         "not readable as audio": [folder / "words.wav"],
     }
     bad = {reason: [Clip(path.name, path, "hello", 0.3) for path in paths] for reason, paths in audio.items()}
-    bad["no text"] = [replace(good[0], id="blank", text=" \n")]
+    bad["without text"] = [replace(good[0], id="blank", text=" \n")]
     bad["not Unicode"] = [replace(good[0], id="half", text="half \ud83d")]
-    bad["duplicate id"] = [replace(good[0], text="again")]
+    bad["id twice"] = [replace(good[0], text="again")]
     clips = list(good)
     for place, clip in enumerate(clip for group in bad.values() for clip in group):
         clips.insert(2 * place + 1, clip)
@@ -507,19 +518,22 @@ def test_a_run_stops_as_soon_as_there_are_too_many_faults(make_clips, tmp_path):
     assert read == [0], "one shard was built, two were not"
 
 
-def test_what_the_source_set_aside_counts(make_clips, tmp_path):
-    clips, quarantine = make_clips(3), Quarantine()
-
-    def read():
-        quarantine.add("not JSON", "train.jsonl, line 3")
-        return iter(clips)
-
-    splits = {"train": read}
-    with pytest.raises(DataError, match=r"1 of 4 clips cannot be used \(1 not JSON\)"):
-        prepare_dataset(tmp_path / "out", splits, THREE_SHARDS, quarantine=quarantine)
-    assert not list(tmp_path.glob("out*")), "nothing was finished, so that nothing is kept"
-    info = prepare_dataset(tmp_path / "out", splits, THREE_SHARDS, quarantine=quarantine, max_quarantine_share=0.25)
-    assert info.info["quarantine"]["counts"] == {"not JSON": 1}
+def test_rows_that_the_source_could_not_read_count(make_clips, tmp_path):
+    clips = make_clips(3)
+    fault = RowFault("bad duration", "x", "train.jsonl, line 3: 'duration' must be a number")
+    rows = [*clips[:2], fault, clips[2]]
+    with pytest.raises(DataError, match=r"1 of 4 clips cannot be used \(1 bad duration\).* line 3"):
+        run(tmp_path / "out", rows)
+    info = run(tmp_path / "out", rows, max_quarantine_share=0.25).info
+    assert info["quarantine"]["counts"] == {"bad duration": 1}
+    (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "reason": "bad duration",
+        "split": "train",
+        "id": "x",
+        "audio": "",
+        "detail": str(fault),
+    }
 
 
 def test_one_recording_under_two_ids_is_reported_across_splits(make_clips, tmp_path):
@@ -541,7 +555,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(make_clips, tmp_path)
     with pytest.raises(DataError, match="the source of split 'train' changed while it was read"):
         prepare_dataset(tmp_path / "out", {"train": lambda: iter(next(passes))}, THREE_SHARDS)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(DataError, match="split 'train' holds no clips"):
+    with pytest.raises(DataError, match="split 'train' holds no rows"):
         run(tmp_path / "out", [])
     with pytest.raises(DataError, match="named by letters, digits and _ alone, got 'a/b'"):
         prepare_dataset(tmp_path / "out", {"a/b": lambda: iter(clips)}, THREE_SHARDS)

@@ -14,7 +14,7 @@ import soundfile
 
 from ultravox.audio.content import NO_AUDIO, AudioContent
 from ultravox.data import prepared
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip
 from ultravox.data.prepare import prepare_dataset
 from ultravox.data.prepared import (
     ParquetAudio,
@@ -122,7 +122,7 @@ def test_a_shard_that_was_replaced_is_read_anew(copy, clips):
 
 def test_the_index_says_what_the_shards_hold(made, clips, monkeypatch):
     found = list(iter_prepared(made, "train"))
-    monkeypatch.setattr(prepared, "_shard_paths", None)  # no shard is opened
+    monkeypatch.setattr(prepared, "shard_paths", None)  # no shard is opened
     index = read_index(made, "train")
     assert index.id_hashes.tolist() == [hash_id(clip.id) for clip in clips]
     assert index.num_samples.tolist() == [round(clip.duration * 16000) for clip in clips]

@@ -317,10 +317,10 @@ def test_licence_of_the_row_else_of_the_dataset(folder):
 
 def test_what_a_kind_does_not_know_is_refused(folder):
     name = write_rows(folder, {})
-    with pytest.raises(
-        DataError, match="streaming, subset and revision are of Hugging Face datasets, this is manifest"
-    ):
+    with pytest.raises(DataError, match="only Hugging Face datasets and prepared folders can be streamed, this is man"):
         open_source(SourceSpec(name, streaming=True))
+    with pytest.raises(DataError, match="subset and revision are of Hugging Face datasets, this is manifest"):
+        open_source(SourceSpec(name, subset="en"))
     with pytest.raises(DataError, match="no format 'csv': expected auto or one of manifest, dataset"):
         open_source(SourceSpec(name, format="csv"))
 

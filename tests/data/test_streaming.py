@@ -2,22 +2,26 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
 from datasets.distributed import split_dataset_by_node
 
 from ultravox.audio.waveform import load_waveform
+from ultravox.data.clip import Clip
 from ultravox.data.filters import Filters
+from ultravox.data.prepare import prepare_dataset
+from ultravox.data.sharding import PrepareOptions
 from ultravox.data.source import SourceSpec
 from ultravox.data.streaming import StreamSource, require_whole
 from ultravox.errors import CheckpointError, DataError
 
-from .hub_files import write_parquet
+from .hub_files import wav, write_parquet
 
 SHARDS, EACH = 4, 5
 ALL = {f"r{n}" for n in range(SHARDS * EACH)}
@@ -41,7 +45,7 @@ def stream(folder):
 
 
 def ids(windows) -> list[list[str]]:
-    return [[clip.id for clip in window] for window in windows]
+    return [[clip.id for clip in window.clips] for window in windows]
 
 
 def flat(windows) -> list[str]:
@@ -99,7 +103,7 @@ from ultravox.data.source import SourceSpec
 from ultravox.data.streaming import StreamSource
 stream = StreamSource(SourceSpec(sys.argv[1], streaming=True), window=3, seed=7, rank=1, world_size=2)
 for window in stream:
-    print(json.dumps({"ids": [clip.id for clip in window], "state": stream.state_dict()}), flush=True)
+    print(json.dumps({"ids": [clip.id for clip in window.clips], "state": stream.state_dict()}), flush=True)
 """
 
 
@@ -177,7 +181,7 @@ def test_a_worker_process_of_a_loader_is_refused(stream):
 
 def test_filters_and_faults_are_counted(stream, tmp_path):
     german = stream(filters=Filters(languages=["de"]), world_size=1, window=100)
-    assert {clip.language for clip in next(iter(german))} == {"de"}
+    assert {clip.language for clip in next(iter(german)).clips} == {"de"}
     assert german.quarantine.counts() == {"other language": 10}
     with pytest.raises(DataError, match=r"no clip is left of 10 \(10 other language\)"):
         next(iter(stream(filters=Filters(languages=["fr"]))))
@@ -195,11 +199,63 @@ def test_too_many_faulty_rows_stop_the_stream(tmp_path):
     spec = SourceSpec(str(tmp_path), streaming=True)
     stream = StreamSource(spec, window=100, seed=0)
     windows = iter(stream)
-    assert len(next(windows)) == 18
+    first = next(windows)
+    assert (len(first.clips), first.num_rows) == (18, 20)
+    assert sorted(first.left_out) == [("damaged audio", "r5"), ("without text", "r3")]
     assert stream.quarantine.counts() == {"without text": 1, "damaged audio": 1}
     with pytest.raises(DataError, match="2 of 20 clips cannot be used"):
         next(windows)
     assert len(list(islice(StreamSource(spec, window=100, seed=0, max_quarantine_share=0.1), 3))) == 3
+
+
+def test_windows_tell_of_all_rows_and_how_far_the_epoch_is(stream):
+    """Every other row is used: those behind an epoch's last clip are told of in the next epoch's first window."""
+    source = stream(filters=Filters(languages=["de"]), window=1, world_size=1)
+    windows = list(islice(source, 21))
+    assert [window.epoch for window in windows] == [0] * 10 + [1] * 10 + [2]
+    names = [name for w in windows for name in [*(clip.id for clip in w.clips), *(name for _, name in w.left_out)]]
+    assert len(names) == sum(window.num_rows for window in windows)
+    assert all(2 <= names.count(name) <= 3 for name in ALL)
+    assert names.count(windows[-1].clips[0].id) == 3
+    assert windows[0].share[0] == 0
+    for before, after in pairwise(windows):
+        assert before.share[0] <= before.share[1] <= 1
+        assert after.share[0] == (before.share[1] if before.epoch == after.epoch else 0)
+
+
+def test_a_rewound_stream_begins_anew(stream):
+    one = stream()
+    first = ids(islice(one, 5))
+    one.rewind()
+    assert ids(islice(one, 5)) == first
+
+
+def test_a_prepared_folder_is_streamed(tmp_path):
+    """All that its rows hold comes through, and the audio stays in the shards until it is wanted."""
+    clips = []
+    for number in range(9):
+        (tmp_path / f"{number}.wav").write_bytes(wav(number))
+        clips.append(Clip(f"p{number}", tmp_path / f"{number}.wav", f"number {number}", 0.5, columns={"mood": "calm"}))
+    folder, options = tmp_path / "prepared", PrepareOptions(shards_multiple_of=3)
+    prepare_dataset(folder, {"train": lambda: iter(clips)}, options)
+    spec = SourceSpec(str(folder), streaming=True)
+    whole = ids(islice(StreamSource(spec, window=4, seed=7), 6))
+    for epoch in range(2):
+        assert sorted(flat(whole[3 * epoch : 3 * epoch + 3])) == [f"p{number}" for number in range(9)]
+    clip = next(iter(StreamSource(spec, window=4, seed=7))).clips[0]
+    assert (clip.columns["mood"], len(load_waveform(clip.audio)), len(pickle.dumps(clip)) < 1000) == (
+        "calm",
+        8000,
+        True,
+    )
+    for consumed in range(1, 6):
+        before, after = (StreamSource(spec, window=4, seed=7) for _ in range(2))
+        list(islice(before, consumed))
+        after.load_state_dict(before.state_dict())
+        assert ids(islice(after, 7 - consumed)) == whole[consumed - 1 :]
+    prepare_dataset(folder, {"train": lambda: iter(clips[1:])}, options, overwrite=True)
+    with pytest.raises(CheckpointError, match="saved with fingerprint"):
+        StreamSource(spec, window=4, seed=7).load_state_dict(before.state_dict())
 
 
 def test_caps_and_whole_datasets_are_refused(stream, folder):
@@ -210,6 +266,6 @@ def test_caps_and_whole_datasets_are_refused(stream, folder):
 
 
 def test_streamed_clips_can_be_heard(stream):
-    clip = next(iter(stream()))[0]
+    clip = next(iter(stream())).clips[0]
     assert len(load_waveform(clip.audio)) == 8000
     assert clip.duration == 0.5

@@ -110,7 +110,7 @@ def test_packed_sequences_train_as_they_do_apart(family, num_rows):
     packer = find_packer(model, "on")
     assert packer.way == way
     inputs, labels, mask = batch()
-    assert packer.pack(mask).shape == {1: (1, 64), 2: (2, 32)}[num_rows]
+    assert packer.pack(mask).shape == {1: (1, 48), 2: (2, 24)}[num_rows]
     total, count = together(packer, model, inputs, labels, mask)
     assert count == sum(LENGTHS) - len(LENGTHS)  # no sequence's end predicts another's beginning
     expected = apart(model, inputs, labels)
@@ -222,7 +222,7 @@ def test_rows_are_evenly_full_and_every_token_has_a_place(hidden_size):
     slots, (rows, width) = _slots(lengths, hidden_size)
     assert len(slots.unique()) == len(slots) == sum(lengths)
     assert int(slots.max()) < rows * width < 1.03 * sum(lengths)
-    assert rows * width % 32 == 0
+    assert rows * width % 8 == 0
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     for start, length in zip(slots[starts].tolist(), lengths, strict=True):
         assert start // width == (start + length - 1) // width  # none goes on in another row
@@ -235,10 +235,10 @@ def test_rows_are_evenly_full_and_every_token_has_a_place(hidden_size):
 @pytest.mark.parametrize(
     ("lengths", "hidden_size", "shape"),
     [
-        ([300, 5, 5], 576, (1, 320)),  # no narrower than the longest sequence
-        ([170] * 7, 576, (7, 192)),  # where no two fit without much to fill, one to a row
-        ([60] * 20, 32, (7, 192)),  # a small model's attention is most of its work: narrow rows
-        ([60] * 20, 2048, (4, 304)),  # a large one's is not: little to fill
+        ([300, 5, 5], 576, (1, 312)),  # no narrower than the longest sequence
+        ([170] * 7, 576, (7, 176)),  # where no two fit without much to fill, one to a row
+        ([60] * 20, 32, (7, 184)),  # a small model's attention is most of its work: narrow rows
+        ([60] * 20, 2048, (5, 240)),  # a large one's is not: little to fill
     ],
 )
 def test_rows_cost_little(lengths, hidden_size, shape):
@@ -289,7 +289,7 @@ def test_flash_attention_is_told_where_sequences_end(config, monkeypatch):
     model.config._attn_implementation = "flash_attention_2"
     packer = Packer(model.get_decoder(), "positions")
     packed = packer.pack(mask)
-    assert packed.shape == (1, 64)
+    assert packed.shape == (1, 48)
     assert packed.arguments["cu_seq_lens_q"].tolist()[:6] == [0, 11, 14, 31, 32, 41]
     total, _ = together(packer, model, inputs, labels, mask)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)

@@ -39,6 +39,7 @@ ACTIONS = {
         "inspect": "what a dataset holds, and which rows to look at",
         "prepare": "check a dataset and pack it into Parquet shards to train from",
         "synthesize": "make a dataset of texts that synthetic voices speak",
+        "audit": "whether each example comes as often as asked, in one order for any number of machines",
         "cache": "compute, look at or remove the cached features of frozen encoders",
     },
 }

@@ -43,7 +43,11 @@ class SourceConfig(Section):
     split: Name = Field("train", description="split of that dataset")
     subset: Name | None = Field(None, description="configuration of a Hugging Face dataset, such as a language")
     revision: Name | None = Field(None, description="commit, tag or branch of a dataset on the hub")
-    streaming: bool = Field(False, description="read a Hugging Face dataset shard by shard, never all of it")
+    streaming: bool = Field(
+        False,
+        description="read a Hugging Face dataset, or a folder that `ultravox data prepare` wrote, shard by shard and "
+        "never all of it; then it is the run's only source, for stages with the objective `tune`",
+    )
     columns: dict[Name, Name] = Field(
         default_factory=dict,
         description="our column (id, audio, text, duration, speaker, licence, language, answer, or one that a prompt "
@@ -117,7 +121,9 @@ class DataConfig(Section):
     max_cache_gb: float | None = Field(
         None, gt=0, description="the least recently used features go when the cache grows beyond this; null = no limit"
     )
-    stream_window: int = Field(2048, ge=1, description="clips of a streaming source that are planned together")
+    stream_window: int = Field(
+        2048, ge=1, description="clips of a streaming source that are in memory, mixed and planned together"
+    )
     loader: LoaderConfig = Field(default_factory=LoaderConfig, description="how batches get to the step")
 
     @model_validator(mode="after")
@@ -139,7 +145,22 @@ class DataConfig(Section):
                 raise ValueError(f"source {source.name!r} has repeat beside weights or a temperature; choose one way")
         if weighted and self.temperature is not None:
             raise ValueError("sources have weights and data has a temperature; choose one way")
+        streams = [source for source in self.sources if source.streaming]
+        if streams and len(self.sources) > 1:
+            other = next(source for source in self.sources if source is not streams[0])
+            raise ValueError(
+                f"{streams[0].name!r} is streamed beside {other.name!r}: a stream must be the only source; set "
+                "streaming: false, or write them into one dataset with `ultravox data prepare`"
+            )
+        for name in ("repeat", "max_clips", "max_hours"):
+            if streams and getattr(streams[0], name) is not None:
+                raise ValueError(f"{streams[0].name!r} is streamed, each clip once in an epoch: leave out {name}")
         return self
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the clips come from a stream, never to be seen as a whole."""
+        return any(source.streaming for source in self.sources)
 
 
 class WaveformAugmentConfig(Section):

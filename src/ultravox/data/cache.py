@@ -140,7 +140,7 @@ class FeatureCache(CachedFeatures):
         for index in inside:
             request = requests[index]
             if (digest := digests[request.audio]) is None:
-                report.quarantine.add("missing", str(request.audio))
+                report.quarantine.add("missing audio", str(request.audio))
             else:
                 report.names[index] = f"{digest}@{request.speed:g}"
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,8 +147,8 @@ def key_folders() -> list[Path]:
     return sorted(path for path in features_folder().glob("[!.]*") if path.is_dir() and _KEY_NAME.fullmatch(path.name))
 
 
-def describe(folder: Path, verify: bool = False) -> KeyInfo:
-    """What a key's folder holds; `verify` reads all of it and checks each entry."""
+def describe(folder: Path, verify: bool = False, on_shard: Callable[[], None] = lambda: None) -> KeyInfo:
+    """What a key's folder holds; `verify` reads and checks all of it. `on_shard` is called for each shard."""
     said = read_key_file(folder)
     if said is None and (folder / _OLD_INDEX).is_file():
         return _describe_version_1(folder)
@@ -170,9 +170,10 @@ def describe(folder: Path, verify: bool = False) -> KeyInfo:
     with alone(folder / READERS_FILE) as free:
         info.in_use = not free
     for shard in shards if info.version == FORMAT_VERSION else []:
+        on_shard()
         entries = shard.entries(folder.name)
-        if entries is None:
-            info.num_unreadable_shards += 1
+        if entries is None:  # one that is being written has no index yet
+            info.num_unreadable_shards += shard.index.exists() or not info.in_use
             continue
         info.num_entries += len(entries)
         info.audio_seconds += float(entries["samples"].sum(dtype=np.int64)) / SAMPLE_RATE
@@ -236,29 +237,35 @@ def clear(prefix: str = "", older_than_days: float = 0.0) -> Cleared:
     Raises:
         DataError: no key has such a name.
     """
-    cleared, root = Cleared(), features_folder()
+    cleared = Cleared()
     folders = [folder for folder in key_folders() if folder.name.startswith(prefix)]
     if prefix and not folders:
         raise DataError(f"no cached features have a key that begins with {prefix!r}: see `ultravox data cache info`")
     before = time.time() - older_than_days * 86_400
-    cleared.num_bytes += _empty_trash()
-    for folder in folders:
-        shards = find_shards(folder)
-        old = [shard for shard in shards if shard.last_use() <= before]
-        if len(old) == len(shards) and (shards or _last_use(folder) <= before):
-            freed = remove_key(folder)
-            cleared.num_keys += freed is not None
-            cleared.num_bytes += freed or 0
-            cleared.in_use += [folder.name] * (freed is None)
-        elif old:
-            with alone(folder / READERS_FILE) as free:
-                cleared.num_shards += len(old) * free
-                cleared.num_bytes += sum(shard.remove() for shard in old) if free else 0
-                cleared.in_use += [folder.name] * (not free)
+    with _removing():
+        cleared.num_bytes += _empty_trash()
+        for folder in folders:
+            _clear_key(folder, before, cleared)
     if not prefix and not older_than_days:
-        cleared.num_bytes += Shard.num_bytes(root / HASHES_FILE)
-        (root / HASHES_FILE).unlink(missing_ok=True)
+        cleared.num_bytes += Shard.num_bytes(features_folder() / HASHES_FILE)
+        (features_folder() / HASHES_FILE).unlink(missing_ok=True)
     return cleared
+
+
+def _clear_key(folder: Path, before: float, cleared: Cleared) -> None:
+    """Remove what of a key was last used before a time, and add it to what was cleared."""
+    shards = find_shards(folder)
+    old = [shard for shard in shards if shard.last_use() <= before]
+    if len(old) == len(shards) and (shards or _last_use(folder) <= before):
+        freed = remove_key(folder)
+        cleared.num_keys += freed is not None
+        cleared.num_bytes += freed or 0
+        cleared.in_use += [folder.name] * (freed is None)
+    elif old:
+        with alone(folder / READERS_FILE) as free:
+            cleared.num_shards += len(old) * free
+            cleared.num_bytes += sum(shard.remove() for shard in old) if free else 0
+            cleared.in_use += [folder.name] * (not free)
 
 
 def remove_key(folder: Path) -> int | None:
@@ -269,8 +276,17 @@ def remove_key(folder: Path) -> int | None:
         freed = _size(folder)
         trash = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_TRASH))
         os.replace(folder, trash / folder.name)  # gone at once for everyone, also if this process is killed now
-    shutil.rmtree(trash, ignore_errors=True)  # another process may be emptying the trash
+    shutil.rmtree(trash)
     return freed
+
+
+@contextmanager
+def _removing() -> Iterator[None]:
+    """One at a time: two who make room at once would each remove enough for both."""
+    features_folder().mkdir(parents=True, exist_ok=True)
+    with (features_folder() / LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _empty_trash() -> int:
@@ -295,12 +311,10 @@ def make_room(max_bytes: int, more: int, own: Path, held: IO, keep: Collection[i
     Raises:
         DataError: what is in use leaves no room.
     """
-    root = features_folder()
     with ExitStack() as stack:
-        lock = stack.enter_context((root / LOCK_FILE).open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two who make room at once would each remove enough for both
+        stack.enter_context(_removing())
         _empty_trash()
-        total = _size(root)
+        total = features_bytes()
         candidates: list[tuple[float, Path, Shard | None]] = []
         for folder in key_folders():
             shards = find_shards(folder)
@@ -320,9 +334,9 @@ def make_room(max_bytes: int, more: int, own: Path, held: IO, keep: Collection[i
             total -= shard.remove() if free[folder] else 0
     if total + more > max_bytes:
         raise DataError(
-            f"{root} holds {total / 1e9:.3g} GB that this run or other running processes use, and {more / 1e9:.3g} GB "
-            f"more are needed: raise data.max_cache_gb = {max_bytes / 1e9:g} above {(total + more) / 1e9:.3g} (null = "
-            f"no limit), or wait until the others have ended"
+            f"{features_folder()} holds {total / 1e9:.3g} GB that this run or other running processes use, and "
+            f"{more / 1e9:.3g} GB more are needed: raise data.max_cache_gb = {max_bytes / 1e9:g} above "
+            f"{(total + more) / 1e9:.3g} (null = no limit), or wait until the others have ended"
         )
 
 

@@ -20,6 +20,7 @@ from ultravox.data.cache_shards import (
     Shard,
     find_shards,
     hash_name,
+    index_states,
     is_whole,
 )
 from ultravox.errors import DataError
@@ -106,6 +107,7 @@ class CachedFeatures:
     def _open(self, make: bool = False) -> None:
         """Read the indexes. `make` = make the folder if it is absent."""
         self._shards = []
+        self._indexes = index_states(self.folder)  # before they are read: what changes meanwhile is read again
         tables, numbers = [np.zeros(0, ENTRY)], [np.zeros(0, np.int32)]
         if make or self.folder.is_dir():
             self.held = self.held or hold(self.folder)
@@ -154,9 +156,18 @@ class CachedFeatures:
         return place
 
     def _is_complete(self, names: Sequence[str]) -> bool:
-        """Whether all entries are there and whole."""
-        places = self._find(names)
-        return bool((places >= 0).all()) and not self._find_damaged(np.unique(self._shard_of[places]).tolist())
+        """Whether all entries are there and whole.
+
+        Another process may have mended a shard, and called it verified, after its index was read here. Such an answer
+        is of another index, so it is asked anew.
+        """
+        while True:
+            places = self._find(names)
+            used = np.unique(self._shard_of[places[places >= 0]]).tolist()
+            complete = bool((places >= 0).all()) and not self._find_damaged(used)
+            if not complete or self._indexes == index_states(self.folder):
+                return complete
+            self._open()
 
     def _find_damaged(self, indexes: list[int]) -> list[tuple[Shard, np.ndarray]]:
         """Those of some shards that are damaged, and which of the entries in their index are whole, bool [entry].
@@ -165,8 +176,7 @@ class CachedFeatures:
         """
 
         def look(shard: Shard) -> np.ndarray | None:
-            entries = shard.entries(self.key.id)
-            if entries is None or shard.is_verified():
+            if shard.is_verified() or (entries := shard.entries(self.key.id)) is None:
                 return None
             whole = shard.whole(entries, self.key.dtype, self.key.num_channels)
             if whole.all() and os.access(self.folder, os.W_OK):

@@ -138,6 +138,16 @@ class Shard:
         return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
+def index_states(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What tells an index from what was there before it, by the file's name: a new one is a new file."""
+    states = {}
+    for shard in find_shards(folder) if folder.is_dir() else ():
+        with suppress(FileNotFoundError):
+            stat = shard.index.stat()
+            states[shard.index.name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return states
+
+
 def is_whole(rows: np.ndarray, entry: Sequence) -> bool:
     """Whether an entry's rows are there, and are what was written."""
     _, start, count, crc, _ = entry

@@ -20,7 +20,7 @@ from ultravox.audio.content import Audio
 from ultravox.data import arrow_audio
 from ultravox.data.arrow_audio import ArrowCell, EmbeddedAudio, RemoteAudio
 from ultravox.data.clip import RowFault, RowReader
-from ultravox.data.source import Row, Source, SourceSpec
+from ultravox.data.source import Row, ShardedSource, SourceSpec
 from ultravox.errors import AudioError, DataError, NetworkError
 from ultravox.files import ultravox_home
 
@@ -31,7 +31,7 @@ TAIL_BYTES = (
 SAVED_DICT, SAVED_STATE = "dataset_dict.json", "state.json"
 
 
-class HuggingFaceSource(Source):
+class HuggingFaceSource(ShardedSource):
     """A dataset by its id on the hub or by its place on this machine."""
 
     def __init__(self, spec: SourceSpec) -> None:
@@ -115,7 +115,7 @@ class HuggingFaceSource(Source):
 
     @property
     def num_shards(self) -> int:
-        """How many files, or parts of them, can be read apart from one another."""
+        """Files, or parts of them."""
         return int(self.stream.num_shards)
 
     @cached_property
@@ -125,7 +125,6 @@ class HuggingFaceSource(Source):
             return self._builder.as_streaming_dataset(split=self.spec.split).with_format("arrow")
 
     def shard_rows(self, shard: int, start: int = 0) -> Iterator[Row]:
-        """The rows of one shard, from its `start`-th on."""
         features, number = self.stream.features, 0
         reader: RowReader | None = None
         with _explained(self.spec):

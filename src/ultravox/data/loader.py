@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Order(Protocol):
-    """What a loader asks of a plan; `ultravox.data.order.DataOrder` is one."""
+    """What a loader asks of a plan, in its order. `DataOrder` is one, `StreamOrder` another."""
 
     def num_windows(self, epoch: int) -> int: ...
 
@@ -110,16 +110,17 @@ class Loader:
                 yield LoadedStep(batches, batches[-1].after)
 
     def _jobs(self, start: Position) -> Iterator[Job]:
-        """This rank's share. The plan is made here, once, and not by each worker."""
+        """This rank's share. The plan is made here, once, and not by each worker; it is never asked to go back."""
         positions = self._sequence(start)
         upcoming = next(positions)
         while True:
             step = []
-            for _ in range(self.batches_per_step):
-                step.append(upcoming)
+            for index in range(self.batches_per_step):
+                if index in self.mine:
+                    step.append((self.order.batch(*upcoming), upcoming, index))
                 upcoming = next(positions)
-            for index in self.mine:
-                yield Job(self.order.batch(*step[index]), step[index], index, upcoming)
+            for planned, position, index in step:
+                yield Job(planned, position, index, upcoming)
 
     def _sequence(self, start: Position) -> Iterator[Position]:
         """Every position from one on; an epoch without a batch is an error, or the search would have no end."""

@@ -99,7 +99,7 @@ class DataOrder:
         if window_rows < 1:
             raise ValueError(f"window_rows is {window_rows}, expected at least 1")
         self.mixture, self._limits, self._seed, self._window_rows = mixture, limits, seed, window_rows
-        self._version_key, self._prompt_key = round_keys([seed, 0x5EED], 2)
+        self._turns = Turns(seed)
         self._windows: dict[tuple[int, int], _Window] = {}
         self.fingerprint = self._fingerprint(fingerprint)
         """Hex SHA-256 of all that decides the order: two orders with one fingerprint are the same."""
@@ -117,9 +117,7 @@ class DataOrder:
             steps = np.unique(np.geomspace(1, limits.max_batch_tokens, 16).astype(np.int64))
             grid = np.meshgrid(steps, np.append(0, steps), np.append(0, steps), indexing="ij")
             digest.update(np.asarray(limits.memory.predict(*(axis.ravel() for axis in grid)), dtype="<f8").data)
-        # NumPy may change what a seed gives in a new version; then the order is another, and so is its fingerprint.
-        random = np.random.default_rng([self._seed])
-        digest.update(np.concatenate([random.uniform(-1, 1, 8), random.random(8), random.permutation(8)]).data)
+        digest.update(random_numbers(self._seed))
         return digest.hexdigest()
 
     def num_windows(self, epoch: int) -> int:
@@ -129,6 +127,12 @@ class DataOrder:
     def num_batches(self, epoch: int, window: int) -> int:
         """Batches in a window. Plans it."""
         return len(self._window(epoch, window).batches)
+
+    def epochs(self, position: Position) -> float:
+        """How often the data has come up to a position; in the middle of an epoch, about."""
+        epoch, window, batch = position
+        share = batch / self.num_batches(epoch, window) if batch else 0.0
+        return epoch + (window + share) / self.num_windows(epoch)
 
     def batch(self, epoch: int, window: int, index: int) -> PlannedBatch:
         """One batch.
@@ -155,15 +159,46 @@ class DataOrder:
         start, stop = (num_places * index // num_windows for index in (window, window + 1))
         draws = self.mixture.draw(epoch, start, stop)
         audio, text = self._audio[draws.rows], self._text[draws.rows]
+        chosen = self._turns.choose(audio, text, draws.rows.astype(np.uint32), draws.copies)
+        batches = plan(chosen.audio_tokens, chosen.text_tokens, self._limits, [self._seed, _WINDOW, epoch, window])
+        return _Window(PlannedBatch(draws.rows, chosen.versions, chosen.prompts, draws.copies), batches)
+
+
+class Chosen(NamedTuple):
+    """A version and a prompt of each item, and their tokens; all [item]."""
+
+    versions: np.ndarray
+    prompts: np.ndarray
+    audio_tokens: np.ndarray
+    text_tokens: np.ndarray
+
+
+class Turns:
+    """Which of its versions and prompts an example comes with, each time that it comes."""
+
+    def __init__(self, seed: int) -> None:
+        self._version_key, self._prompt_key = round_keys([seed, 0x5EED], 2)
+
+    def choose(self, audio: np.ndarray, text: np.ndarray, names: np.ndarray, copies: np.ndarray) -> Chosen:
+        """Args:
+        audio, text: tokens of each item's versions, [item, version], and prompts, [item, prompt]; 0 = there is none.
+        names: what an example is called whenever it comes, uint32 [item].
+        copies: how often it came before, [item].
+        """
         num_versions, num_prompts = (np.maximum(1, np.count_nonzero(found, axis=1)) for found in (audio, text))
-        turns = draws.copies + mix(draws.rows.astype(np.uint32), self._version_key)
+        turns = copies + mix(names, self._version_key)
         versions, audio_tokens = _nth_existing(audio, turns % num_versions)
         # When the two cycles have met all pairs that they can, they go on one step apart.
-        turns = draws.copies + draws.copies // np.lcm(num_versions, num_prompts)
-        turns += mix(draws.rows.astype(np.uint32), self._prompt_key)
+        turns = copies + copies // np.lcm(num_versions, num_prompts)
+        turns += mix(names, self._prompt_key)
         prompts, text_tokens = _nth_existing(text, turns % num_prompts)
-        batches = plan(audio_tokens, text_tokens, self._limits, [self._seed, _WINDOW, epoch, window])
-        return _Window(PlannedBatch(draws.rows, versions, prompts, draws.copies), batches)
+        return Chosen(versions, prompts, audio_tokens, text_tokens)
+
+
+def random_numbers(seed: int) -> bytes:
+    """For fingerprints. NumPy may change what a seed gives in a new version: then an order is another."""
+    random = np.random.default_rng([seed])
+    return np.concatenate([random.uniform(-1, 1, 8), random.random(8), random.permutation(8)]).tobytes()
 
 
 def _largest(tokens: np.ndarray) -> np.ndarray:

@@ -145,7 +145,7 @@ def _sorted(audio: np.ndarray, total: np.ndarray, budget: int, random: np.random
     """Items in an order in which neighbours have like lengths, in all and of audio, [item].
 
     They are sorted by length. Where there are so many of nearly one length that they fill many batches, these are
-    sorted by audio among themselves, up and down in turn, so that both paddings are small.
+    sorted by audio among themselves, so that both paddings are small.
     """
     # The added [0, 1) breaks ties between equal lengths at random.
     keys = total * (1 + LENGTH_JITTER * random.uniform(-1, 1, len(total))) + random.random(len(total))
@@ -154,8 +154,6 @@ def _sorted(audio: np.ndarray, total: np.ndarray, budget: int, random: np.random
     strata = _strata(int(keys.max()))[keys.astype(np.int64)]
     is_thick = (np.bincount(strata, weights=total) >= STRATUM_BATCHES * budget)[strata]
     by_audio = audio * (1 + LENGTH_JITTER * random.uniform(-1, 1, len(audio))) + random.random(len(audio))
-    by_audio[strata % 2 == 1] *= -1
-    by_audio -= by_audio.min()
     within = np.where(is_thick, by_audio / (by_audio.max() + 1), keys / (keys.max() + 1))  # in [0, 1)
     return np.argsort(strata + within, kind="stable")
 

@@ -1,6 +1,6 @@
 """Any source to a prepared dataset: every row checked, its audio at 16 kHz in Parquet shards, an index, hashes.
 
-The clips are read twice. The first pass counts and cuts (`sharding`), the second hands out the shards (`engines`), each
+The rows are read twice. The first pass counts and cuts (`sharding`), the second hands out the shards (`engines`), each
 of which is built on its own (`shard`); `publish` ends it. Rows keep their order: shard after shard holds consecutive
 rows. The result does not depend on who builds what.
 
@@ -26,7 +26,7 @@ from ultravox.data.prepared import FORMAT_VERSION, is_prepared, read_prepared, v
 from ultravox.data.publish import QUARANTINE_FILE, describe, publish, write_quarantine
 from ultravox.data.quarantine import Quarantine
 from ultravox.data.shard import LeftOut, ShardReport, ShardTask, made_with
-from ultravox.data.sharding import Clips, CountTokens, PrepareOptions, SplitPlan, make_tasks, plan_split
+from ultravox.data.sharding import CountTokens, PrepareOptions, Rows, SplitPlan, make_tasks, plan_split
 from ultravox.errors import DataError
 
 SHARE_OPTION = "--max-quarantine-share"
@@ -45,7 +45,7 @@ class Prepared:
 
 def prepare_dataset(
     output: str | Path,
-    splits: Mapping[str, Clips],
+    splits: Mapping[str, Rows],
     options: PrepareOptions,
     *,
     sources: Sequence[Mapping[str, Any]] = (),
@@ -54,37 +54,34 @@ def prepare_dataset(
     workers: int = 1,
     max_quarantine_share: float = 0.01,
     overwrite: bool = False,
-    quarantine: Quarantine | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """Prepare the clips of some splits into a folder of its own.
+    """Prepare the rows of some splits into a folder of its own.
 
     Args:
         output: the folder to make. One that holds the same already is left as it is.
-        splits: name of each split → its clips.
+        splits: name of each split → its rows.
         sources: what is known of where they come from: name, licence, attribution, and what else is to be kept.
         count_tokens: runs in this process.
         engine, workers: who does the work ("local", "ray"). They change nothing in the result.
         max_quarantine_share: more faulty rows than this share stop the run.
         overwrite: replace a prepared dataset of that name, whatever it holds.
-        quarantine: what the sources themselves set aside while their clips are read.
         on_progress: called with the rows done and in all.
 
     Raises:
-        DataError: no clips, too many faulty rows, another dataset in the place, a second run at once, a killed worker.
+        DataError: no rows, too many faulty rows, another dataset in the place, a second run at once, a killed worker.
     """
     output = Path(output).expanduser().absolute()
-    quarantine = Quarantine() if quarantine is None else quarantine
     _check(output, splits)
     with _work_folder(output) as partial:
-        plans = [plan_split(name, clips, options) for name, clips in splits.items()]
+        plans = [plan_split(name, rows, options) for name, rows in splits.items()]
         about = _about(plans, options, sources)
         if is_prepared(output) and not overwrite:
             if (info := read_prepared(output)).get("input") != about["input"]:
                 raise DataError(f"{output} holds another prepared dataset: choose another folder, or give --overwrite")
             verify(output)
             return Prepared(info, 0)
-        progress = _Progress(partial, plans, quarantine, max_quarantine_share, on_progress)
+        progress = _Progress(partial, plans, max_quarantine_share, on_progress)
         context = json.dumps([FORMAT_VERSION, about["made_with"], about["sources"]])
         tasks = (task for plan in plans for task in make_tasks(plan, partial, options, context, count_tokens))
         reports: dict[str, list[ShardReport]] = {}
@@ -105,20 +102,14 @@ class _Progress:
         self,
         partial: Path,
         plans: Sequence[SplitPlan],
-        quarantine: Quarantine,
         max_share: float,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.partial, self.quarantine, self.max_share, self.on_progress = partial, quarantine, max_share, on_progress
-        self.left_out = [
-            LeftOut(reason, "", name, "", "set aside by the source")
-            for reason, names in quarantine.reasons.items()
-            for name in names
-        ]
-        self.num_clips = sum(plan.num_clips for plan in plans)
-        self.total = self.num_clips + len(self.left_out)
+        self.partial, self.max_share, self.on_progress = partial, max_share, on_progress
+        self.quarantine = Quarantine()
+        self.left_out: list[LeftOut] = []
+        self.total = sum(plan.num_rows for plan in plans)
         self.num_done = self.num_built = 0
-        self._require()
         self._show()
 
     def watch(self, tasks: Iterator[ShardTask | ShardReport]) -> Iterator[ShardTask | ShardReport]:
@@ -133,7 +124,10 @@ class _Progress:
             self.quarantine.add(row.reason, f"{row.split}/{row.id}: {row.detail}")
         self.left_out += report.left_out
         self.num_done += report.num_rows + len(report.left_out)
-        self._require()
+        try:
+            self.quarantine.require(self.max_share, self.total, SHARE_OPTION)
+        except DataError as error:
+            self.fail(str(error))
         self._show()
         return report
 
@@ -142,15 +136,9 @@ class _Progress:
         write_quarantine(self.partial, self.left_out)
         raise DataError(f"{message}; every row that was left out is named in {self.partial / QUARANTINE_FILE}")
 
-    def _require(self) -> None:
-        try:
-            self.quarantine.require(self.max_share, self.total, SHARE_OPTION)
-        except DataError as error:
-            self.fail(str(error))
-
     def _show(self) -> None:
         if self.on_progress:
-            self.on_progress(self.num_done, self.num_clips)
+            self.on_progress(self.num_done, self.total)
 
 
 def _about(plans: Sequence[SplitPlan], options: PrepareOptions, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -165,12 +153,12 @@ def _about(plans: Sequence[SplitPlan], options: PrepareOptions, sources: Sequenc
         "sources": [dict(source) for source in sources],
         "options": asdict(options),
         "made_with": made_with(),
-        "rows": {plan.name: {"num_read": plan.num_clips, "sha256": plan.fingerprint} for plan in plans},
+        "rows": {plan.name: {"num_read": plan.num_rows, "sha256": plan.fingerprint} for plan in plans},
     }
     return {**about, "input": hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()}
 
 
-def _check(output: Path, splits: Mapping[str, Clips]) -> None:
+def _check(output: Path, splits: Mapping[str, Rows]) -> None:
     for name in splits:
         if not SPLIT_NAME.fullmatch(name):
             raise DataError(f"a split may be named by letters, digits and _ alone, got {name!r}: rename it")

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from ultravox.audio.content import NO_AUDIO
 from ultravox.audio.lengths import SAMPLE_RATE
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip
 from ultravox.errors import AudioError, DataError
 from ultravox.files import sha256_file
 
@@ -151,17 +151,22 @@ def describe_prepared(folder: str | Path) -> dict[str, Any]:
 
 def iter_prepared(folder: str | Path, split: str) -> Iterator[Clip]:
     """The clips of a split in their order, their audio in the shards. DataError names a missing or cut shard."""
-    for path in _shard_paths(folder, split):
-        try:
-            shard = pq.ParquetFile(path, memory_map=True)
-            with shard:
-                groups = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
-                places = ((group, row) for group, count in enumerate(groups) for row in range(count))
-                for batch in shard.iter_batches(BATCH_ROWS, columns=CLIP_COLUMNS, use_threads=False):
-                    for row in batch.to_pylist():
-                        yield _clip(row, path, *next(places))
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path} cannot be read ({error}): run `ultravox data prepare --overwrite`") from error
+    for path in shard_paths(folder, split):
+        yield from shard_clips(path)
+
+
+def shard_clips(path: Path) -> Iterator[Clip]:
+    """The clips of one shard in their order. DataError when it cannot be read."""
+    try:
+        shard = pq.ParquetFile(path, memory_map=True)
+        with shard:
+            groups = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
+            places = ((group, row) for group, count in enumerate(groups) for row in range(count))
+            for batch in shard.iter_batches(BATCH_ROWS, columns=CLIP_COLUMNS, use_threads=False):
+                for row in batch.to_pylist():
+                    yield _clip(row, path, *next(places))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read ({error}): run `ultravox data prepare --overwrite`") from error
 
 
 def read_index(folder: str | Path, split: str) -> PreparedIndex:
@@ -215,7 +220,8 @@ def _split(folder: str | Path, split: str) -> dict[str, Any]:
     return splits[split]
 
 
-def _shard_paths(folder: str | Path, split: str) -> Iterator[Path]:
+def shard_paths(folder: str | Path, split: str) -> Iterator[Path]:
+    """The shards of a split, in order. DataError names a missing or cut one, or says which splits there are."""
     root = Path(folder).expanduser().absolute()
     for entry in _split(folder, split)["shards"]:
         path = root / entry["file"]

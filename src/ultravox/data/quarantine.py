@@ -63,9 +63,9 @@ def audio_fault(error: AudioError, audio: Audio) -> str:
     message = str(error).replace(str(audio), "")
     kinds = {
         "is too short": "too short",
-        "does not exist": "missing",
-        "cannot be read": "missing",
-        "is not there": "missing",
+        "does not exist": "missing audio",
+        "cannot be read": "missing audio",
+        "is not there": "missing audio",
         "no audio samples": "without samples",
         "not numbers": "with NaN or infinite samples",
         "truncated": "damaged or truncated",

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from ultravox.audio.content import NO_AUDIO, Audio, AudioContent, read_audio
 from ultravox.audio.waveform import SAMPLE_RATE, load_waveform
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip
 from ultravox.data.quarantine import audio_fault
 from ultravox.errors import AudioError
 from ultravox.files import atomic_write, explain_full_disk, sha256_file
@@ -271,15 +271,9 @@ def store(audio: Audio, options: RowOptions) -> Stored | tuple[str, str]:
     if not options.keep_silent and not samples.any():
         return "silent", f"{audio} holds no sound: every sample is 0 in 16 bits"
     content = read_audio(audio)
-    declared = plain_flac_samples(content)
-    if declared and declared != len(waveform):
-        return (
-            "damaged or truncated",
-            f"{audio} declares {declared} samples, but {len(waveform)} could be decoded; copy or download it again",
-        )
     if options.keep_original:
         return Stored(content, _suffix(audio), len(waveform))
-    return Stored(content if declared is not None else encode_flac(samples), ".flac", len(waveform))
+    return Stored(content if is_plain_flac(content) else encode_flac(samples), ".flac", len(waveform))
 
 
 def _suffix(audio: Audio) -> str:
@@ -300,16 +294,15 @@ def encode_flac(samples: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def plain_flac_samples(content: bytes) -> int | None:
-    """How many samples FLAC at 16 kHz, mono, 16 bits declares (0 = it does not say); None for any other content.
+def is_plain_flac(content: bytes) -> bool:
+    """Whether a file is FLAC at 16 kHz, mono, 16 bits.
 
-    The header's first block: 20 bits of rate, 3 of channels - 1, 5 of bits - 1, 36 of samples (RFC 9639, 8.2).
+    Its first block says so after 18 bytes: 20 bits of rate, 3 of channels - 1, 5 of bits - 1 (RFC 9639, section 8.2).
     """
-    if content[:4] != b"fLaC" or content[4] & 0x7F or len(content) < 42:
-        return None
-    numbers = int.from_bytes(content[18:26], "big")
-    rate, channels, bits = numbers >> 44, (numbers >> 41 & 7) + 1, (numbers >> 36 & 31) + 1
-    return numbers & (1 << 36) - 1 if (rate, channels, bits) == (SAMPLE_RATE, 1, 16) else None
+    if content[:4] != b"fLaC" or len(content) < 22 or content[4] & 0x7F:
+        return False
+    numbers = int.from_bytes(content[18:22], "big")
+    return (numbers >> 12, (numbers >> 9 & 7) + 1, (numbers >> 4 & 31) + 1) == (SAMPLE_RATE, 1, 16)
 
 
 def made_with() -> Mapping[str, str]:

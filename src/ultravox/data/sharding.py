@@ -16,16 +16,17 @@ from typing import Any
 
 from ultravox.audio.content import NO_AUDIO, Audio
 from ultravox.audio.lengths import SAMPLE_RATE
+from ultravox.audio.segment import AudioSegment
+from ultravox.data.clip import Clip, RowFault
 from ultravox.data.first_seen import FirstSeen
-from ultravox.data.manifest import Clip
 from ultravox.data.shard import LeftOut, RowOptions, ShardReport, ShardTask, finished_shard
 from ultravox.errors import AudioError, DataError
 
 BYTES_PER_SECOND = 2 * SAMPLE_RATE  # FLAC is never longer than the samples themselves, but for its headers
 MIN_ROW_BYTES = 16 << 10  # a row counts for at least so much, so that a shard's list of rows is never long
 
-Clips = Callable[[], Iterable[Clip]]
-"""Gives the same clips in the same order each time that it is called."""
+Rows = Callable[[], Iterable[Clip | RowFault]]
+"""Gives the same clips, and the rows that give none, in the same order each time that it is called."""
 CountTokens = Callable[[list[str]], list[int]]
 """Texts to how many tokens each has."""
 
@@ -47,8 +48,8 @@ class SplitPlan:
     """What the first pass finds in a split."""
 
     name: str
-    clips: Clips
-    num_clips: int
+    rows: Rows
+    num_rows: int
     num_bytes: int
     """Estimated, of all rows."""
     num_shards: int
@@ -58,19 +59,19 @@ class SplitPlan:
     """Number of each row whose id came before → the number of the row where it came."""
 
 
-def plan_split(name: str, clips: Clips, options: PrepareOptions) -> SplitPlan:
-    """Read the clips once. DataError when there are none, or one is too big for a shard."""
+def plan_split(name: str, rows: Rows, options: PrepareOptions) -> SplitPlan:
+    """Read the rows once. DataError when there are none, or one is too big for a shard."""
     digest, num_bytes, largest, number = hashlib.sha256(), 0, 0, -1
     repeated: dict[int, str] = {}
     with closing(FirstSeen()) as seen:
-        for number, clip in enumerate(clips()):
-            digest.update(_row_text(clip))
-            size = row_bytes(clip, options.rows)
+        for number, row in enumerate(rows()):
+            digest.update(_row_text(row))
+            size = row_bytes(row, options.rows)
             num_bytes, largest = num_bytes + size, max(largest, size)
-            if (before := seen.first(clip.id, str(number))) is not None:
+            if isinstance(row, Clip) and (before := seen.first(row.id, str(number))) is not None:
                 repeated[number] = before
     if number < 0:
-        raise DataError(f"split {name!r} holds no clips: there is nothing to prepare")
+        raise DataError(f"split {name!r} holds no rows: there is nothing to prepare")
     room = (options.max_shard_mb << 20) - largest
     if room <= 0:
         raise DataError(
@@ -79,7 +80,7 @@ def plan_split(name: str, clips: Clips, options: PrepareOptions) -> SplitPlan:
         )
     multiple = options.shards_multiple_of
     num_shards = math.ceil(num_bytes / room / multiple) * multiple
-    return SplitPlan(name, clips, number + 1, num_bytes, num_shards, digest.hexdigest(), repeated)
+    return SplitPlan(name, rows, number + 1, num_bytes, num_shards, digest.hexdigest(), repeated)
 
 
 def shard_file(split: str, number: int, num_shards: int) -> str:
@@ -112,8 +113,7 @@ def make_tasks(
         contents = hashlib.sha256(json.dumps([file, context, asdict(options.rows), options.tokenizer]).encode())
         for clip in clips:
             contents.update(_row_text(clip) + _audio_text(clip))
-        for row in left_out:
-            contents.update(json.dumps(asdict(row)).encode())
+        contents.update(json.dumps([asdict(row) for row in left_out]).encode())
         made = ShardTask(
             folder / file,
             folder / report_file(plan.name, shard),
@@ -128,20 +128,19 @@ def make_tasks(
             return report
         return made if count_tokens is None else replace(made, num_tokens=_count(count_tokens, clips))
 
-    for number, clip in enumerate(plan.clips()):
-        digest.update(_row_text(clip))
-        size = row_bytes(clip, options.rows)
+    for number, row in enumerate(plan.rows()):
+        digest.update(_row_text(row))
+        size = row_bytes(row, options.rows)
         middle = position + size // 2
         while shard < min(plan.num_shards - 1, middle * plan.num_shards // plan.num_bytes):
             yield task()
             shard, clips, left_out = shard + 1, [], []
         position += size
-        if (fault := text_fault(clip)) or number in plan.repeated:
-            before = plan.repeated.get(number)
-            reason, detail = fault or ("duplicate id", f"row {number} of the split, from 0, has the id of row {before}")
-            left_out.append(LeftOut(reason, plan.name, clip.id, str(clip.audio), detail))
-        else:
-            clips.append(clip)
+        if (fault := _fault(row, plan.repeated.get(number))) is not None:
+            name, audio = (row.name, "") if isinstance(row, RowFault) else (row.id, str(row.audio))
+            left_out.append(LeftOut(fault[0], plan.name, name, audio, fault[1]))
+        elif isinstance(row, Clip):
+            clips.append(row)
     if digest.hexdigest() != plan.fingerprint:
         raise DataError(f"the source of split {plan.name!r} changed while it was read: start again")
     while shard < plan.num_shards:
@@ -149,10 +148,19 @@ def make_tasks(
         shard, clips, left_out = shard + 1, [], []
 
 
+def _fault(row: Clip | RowFault, before: str | None) -> tuple[str, str] | None:
+    """Reason and detail when a row is left out whatever its audio is; `before` is the row that has its id."""
+    if isinstance(row, RowFault):
+        return row.reason, str(row)
+    if before is not None:
+        return "id twice", f"row {before} of the split, counted from 0, has this id"
+    return text_fault(row)
+
+
 def text_fault(clip: Clip) -> tuple[str, str] | None:
     """Reason and detail when a row's words cannot be used: there are none, or half of a character."""
     if not clip.text.strip() and not (clip.answer or "").strip() and clip.messages is None:
-        return "no text", "its text is blank, and it has neither an answer nor messages"
+        return "without text", "its text is blank, and it has neither an answer nor messages"
     try:
         named = [clip.id, clip.text, clip.speaker, clip.licence, clip.answer, clip.language, dict(clip.columns)]
         json.dumps([named, [dict(turn) for turn in clip.messages or ()]], ensure_ascii=False, default=str).encode()
@@ -161,14 +169,16 @@ def text_fault(clip: Clip) -> tuple[str, str] | None:
     return None
 
 
-def row_bytes(clip: Clip, options: RowOptions) -> int:
-    """About how many bytes a clip takes in a shard, by what its row says; for original bytes, by their size."""
-    recordings = [] if clip.audio is NO_AUDIO else [(clip.audio, clip.duration), *clip.more_audio]
+def row_bytes(row: Clip | RowFault, options: RowOptions) -> int:
+    """About how many bytes a row takes in a shard, by what it says; for original bytes, by their size."""
+    if isinstance(row, RowFault):
+        return MIN_ROW_BYTES
+    recordings = [] if row.audio is NO_AUDIO else [(row.audio, row.duration), *row.more_audio]
     if options.keep_original:
         audio = sum(_size(audio) for audio, _ in recordings)
     else:
         audio = sum(math.ceil(min(s, options.max_seconds) * BYTES_PER_SECOND) for _, s in recordings)
-    return max(MIN_ROW_BYTES, audio + 4 * len(clip.text))
+    return max(MIN_ROW_BYTES, audio + 4 * len(row.text))
 
 
 def _size(audio: Audio) -> int:
@@ -185,25 +195,27 @@ def _count(count_tokens: CountTokens, clips: list[Clip]) -> list[int]:
     return counts
 
 
-def _row_text(clip: Clip) -> bytes:
+def _row_text(row: Clip | RowFault) -> bytes:
     """A row but for its audio, as text."""
-    seconds = [clip.duration, *(seconds for _, seconds in clip.more_audio)]
-    named = [clip.id, clip.text, clip.speaker, clip.licence, clip.answer, clip.language]
-    messages = None if clip.messages is None else [dict(turn) for turn in clip.messages]
-    row: list[Any] = [named, seconds, dict(clip.columns), messages, clip.audio is NO_AUDIO]
-    return json.dumps(row, default=str).encode()
+    if isinstance(row, RowFault):
+        return json.dumps([row.reason, row.name]).encode()
+    seconds = [row.duration, *(seconds for _, seconds in row.more_audio)]
+    named = [row.id, row.text, row.speaker, row.licence, row.answer, row.language]
+    messages = None if row.messages is None else [dict(turn) for turn in row.messages]
+    everything: list[Any] = [named, seconds, dict(row.columns), messages, row.audio is NO_AUDIO]
+    return json.dumps(everything, default=str).encode()
 
 
 def _audio_text(clip: Clip) -> bytes:
     """What tells whether a row's recordings are those that they were: for files without reading them."""
-    marks: list[Any] = []
-    for audio in (clip.audio, *(audio for audio, _ in clip.more_audio)):
-        if isinstance(audio, Path):
-            try:
-                status = audio.stat()
-                marks.append([str(audio), status.st_size, status.st_mtime_ns])
-            except OSError:
-                marks.append([str(audio)])
-        else:
-            marks.append(str(audio))
-    return json.dumps(marks).encode()
+    return json.dumps([_mark(audio) for audio in (clip.audio, *(audio for audio, _ in clip.more_audio))]).encode()
+
+
+def _mark(audio: Audio) -> list[Any]:
+    if isinstance(audio, AudioSegment):
+        return [audio.start, audio.seconds, audio.channel, *_mark(audio.audio)]
+    try:
+        status = audio.stat() if isinstance(audio, Path) else None
+    except OSError:
+        status = None
+    return [str(audio), *((status.st_size, status.st_mtime_ns) if status else ())]

@@ -104,6 +104,19 @@ class Source(ABC):
         return {}
 
 
+class ShardedSource(Source):
+    """A source in parts that can be read apart from one another, so that it can be streamed."""
+
+    @property
+    @abstractmethod
+    def num_shards(self) -> int:
+        """How many parts there are."""
+
+    @abstractmethod
+    def shard_rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+        """The rows of one part, from its `start`-th on."""
+
+
 class Fingerprint:
     """Gathers the rows of a source into one hash, as they come."""
 

@@ -3,14 +3,17 @@
 `open_source` finds what kind a name means, `load_source` also filters, and sets aside what cannot be used.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ultravox.audio.content import NO_AUDIO
 from ultravox.data.audio_folder import AudioFolderSource, metadata_files
 from ultravox.data.clip import Clip, RowFault
 from ultravox.data.filters import num_characters, total_seconds
@@ -24,7 +27,7 @@ from ultravox.data.manifest import (
     split_file,
 )
 from ultravox.data.quarantine import Quarantine
-from ultravox.data.source import Fingerprint, Row, Source, SourceSpec, unrepeated
+from ultravox.data.source import Fingerprint, Row, ShardedSource, Source, SourceSpec, unrepeated
 from ultravox.errors import DataError
 
 __all__ = [
@@ -80,7 +83,7 @@ class DatasetSource(Source):
         return self._info
 
 
-class PreparedSource(Source):
+class PreparedSource(ShardedSource):
     """What ``ultravox data prepare`` wrote; its columns are ours already."""
 
     def __init__(self, spec: SourceSpec) -> None:
@@ -100,6 +103,24 @@ class PreparedSource(Source):
             raise DataError(f"{self.name} has no split {self.spec.split!r}: it has {', '.join(self.splits())}")
         for number, clip in enumerate(self._prepared.iter_prepared(self.spec.path, self.spec.split)):
             yield f"{self.name}, row {number}", clip
+
+    @cached_property
+    def _shards(self) -> list[Path]:
+        return list(self._prepared.shard_paths(self.spec.path, self.spec.split))
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._shards)
+
+    def shard_rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+        for number, clip in enumerate(islice(self._prepared.shard_clips(self._shards[shard]), start, None), start):
+            yield f"{self.name}, shard {shard}, row {number}", clip
+
+    def fingerprint(self) -> str:
+        """Of a stream: the options, and what is known of all content."""
+        if not self.spec.streaming:
+            return super().fingerprint()
+        return hashlib.sha256(repr((self.spec.options(), self._info["fingerprint"])).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         return self._info
@@ -164,8 +185,13 @@ def open_source(spec: SourceSpec) -> Source:
     kind = kind_of(spec.name) if spec.format == "auto" else spec.format
     if kind not in KINDS:
         raise DataError(f"{spec.name}: no format {kind!r}: expected auto or one of {', '.join(KINDS)}")
-    if kind != "huggingface" and (spec.streaming or spec.subset or spec.revision):
-        raise DataError(f"{spec.name}: streaming, subset and revision are of Hugging Face datasets, this is {kind}")
+    if kind != "huggingface" and (spec.subset or spec.revision):
+        raise DataError(f"{spec.name}: subset and revision are of Hugging Face datasets, this is {kind}")
+    if kind not in ("huggingface", "prepared") and spec.streaming:
+        raise DataError(
+            f"{spec.name}: only Hugging Face datasets and prepared folders can be streamed, this is {kind}: leave "
+            "streaming out, or run `ultravox data prepare` first"
+        )
     return KINDS[kind](spec)
 
 
@@ -228,7 +254,12 @@ def load_source(spec: SourceSpec, on_progress: Callable[[int], None] | None = No
 
 
 def usable_reason(clip: Clip) -> str | None:
-    """Why nothing can be learnt from a clip, whatever the task: no text at all; None where something can."""
+    """Why nothing can be learnt from a clip, whatever the task: no text at all; None where something can.
+
+    A row without audio has its texts in columns of its own, which only its prompts know.
+    """
+    if clip.audio is NO_AUDIO:
+        return None
     has_text = num_characters(clip.text) or clip.messages or num_characters(clip.answer or "")
     return None if has_text else "without text"
 

@@ -6,7 +6,8 @@ shards once and for all, and a shuffle after it would be of a part. Nothing is s
 what lies in one on resuming. Within a window, whoever plans the batches mixes the rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,26 @@ import numpy as np
 from ultravox.data.clip import Clip, RowFault
 from ultravox.data.huggingface import HuggingFaceSource
 from ultravox.data.quarantine import Quarantine
-from ultravox.data.source import SourceSpec
-from ultravox.data.sources import usable_reason
+from ultravox.data.source import ShardedSource, SourceSpec
+from ultravox.data.sources import open_source, usable_reason
 from ultravox.errors import CheckpointError, DataError
 
 STATE_VERSION = 1
 ROWS_TO_JUDGE = 1000  # of fewer rows, one bad one may be more than its share
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What comes at once."""
+
+    clips: list[Clip]
+    epoch: int
+    share: tuple[float, float]
+    """Of this process's shards in the epoch, those behind the window's beginning and behind its end, 0 to 1."""
+    left_out: list[tuple[str, str]]
+    """Reason and id of the rows that gave no clip, since the window before."""
+    num_rows: int
+    """That were looked at, since the window before."""
 
 
 class StreamSource:
@@ -39,7 +54,7 @@ class StreamSource:
         max_quarantine_share: float = 0.01,
     ) -> None:
         """Args:
-        spec: a Hugging Face dataset with `streaming`.
+        spec: a Hugging Face dataset or a prepared folder, with `streaming`.
         window: clips in a window; the last of an epoch may have fewer.
         seed: of the order of the shards.
         rank, world_size: which part of the shards is this process's.
@@ -54,8 +69,11 @@ class StreamSource:
             raise DataError(
                 f"{spec.name}: a stream comes in another order in each epoch; leave out max_clips, max_hours"
             )
-        self.source = HuggingFaceSource(spec)
-        require_whole(self.source.stream, spec.name)
+        source = open_source(spec)
+        assert isinstance(source, ShardedSource)  # of these kinds alone a source opens with `streaming`
+        self.source = source
+        if isinstance(source, HuggingFaceSource):
+            require_whole(source.stream, spec.name)
         self.spec, self.window, self.seed = spec, window, seed
         self.rank, self.world_size = rank, world_size
         self.num_shards = self.source.num_shards
@@ -68,17 +86,19 @@ class StreamSource:
         self.quarantine = Quarantine()
         self.num_rows = 0
         """Rows of the present epoch that were looked at, since its beginning or since resuming."""
-        self._fingerprint = self.source.fingerprint()
+        self.fingerprint = self.source.fingerprint()
+        self._left_out: list[tuple[str, str]] = []
+        self._rows_before = 0  # of num_rows, those of windows that were yielded
         self._place = (0, 0, 0)
         """Epoch, shard among those of this rank, row in it: where the next window begins."""
-        self._current = self._place
+        self._current = self._place  # where the last one did
 
     def shards(self, epoch: int) -> list[int]:
         """The shards of this rank in one epoch, in order."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_shards)
         return [int(shard) for shard in order[self.rank :: self.world_size]]
 
-    def __iter__(self) -> Iterator[list[Clip]]:
+    def __iter__(self) -> Iterator[Window]:
         """Windows without an end.
 
         Raises:
@@ -91,13 +111,22 @@ class StreamSource:
             for clips, following in self._epoch_windows(*self._place):
                 found_any = True
                 self._current, self._place = self._place, following
-                yield clips
+                yield self._window(clips)
             if not found_any:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.quarantine.counts().items()))
                 raise DataError(f"{self.spec.name}: no clip is left of {self.num_rows} ({reasons}): check its filters")
             self.quarantine.require(self.max_quarantine_share, self.num_rows)
             self._place = (epoch + 1, 0, 0)
+            self._rows_before -= self.num_rows  # rows behind the last clip are told of with the next window
             self.quarantine, self.num_rows = Quarantine(), 0
+
+    def _window(self, clips: list[Clip]) -> Window:
+        """A window that ends at the present place."""
+        (epoch, begin, _), (_, end, _) = self._current, self._place
+        num_shards = self.num_shards // self.world_size
+        left_out, self._left_out = self._left_out, []
+        num_rows, self._rows_before = self.num_rows - self._rows_before, self.num_rows
+        return Window(clips, epoch, (begin / num_shards, end / num_shards), left_out, num_rows)
 
     def _epoch_windows(self, epoch: int, turn: int, row: int) -> Iterator[tuple[list[Clip], tuple[int, int, int]]]:
         """The windows of the rest of an epoch, each with the place behind it."""
@@ -121,12 +150,23 @@ class StreamSource:
             reason = usable_reason(found) or self.spec.filters.reason(found)
             if reason is None:
                 return found
-            self.quarantine.add(reason, found.id)
         else:
-            self.quarantine.add(found.reason, found.name)
+            reason = found.reason
+        name = found.id if isinstance(found, Clip) else found.name
+        self.quarantine.add(reason, name)
+        self._left_out.append((reason, name))
+        self._judge()
+        return None
+
+    def set_aside(self, left_out: Iterable[tuple[str, str]]) -> None:
+        """Take note of clips that turned out to be unusable: reasons and ids. DataError when too many are."""
+        for reason, name in left_out:
+            self.quarantine.add(reason, name)
+        self._judge()
+
+    def _judge(self) -> None:
         if self.num_rows >= ROWS_TO_JUDGE:
             self.quarantine.require(self.max_quarantine_share, self.num_rows)
-        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the window begins that was yielded last; the very beginning before any was. JSON can hold it."""
@@ -146,8 +186,16 @@ class StreamSource:
                     f"the place in the stream {self.spec.name} was saved with {what} {state.get(key)!r}, now it is "
                     f"{now!r}: go on with what it was, or begin a new run"
                 )
-        self._place = self._current = (int(state["epoch"]), int(state["shard"]), int(state["row"]))
+        self._go_to((int(state["epoch"]), int(state["shard"]), int(state["row"])))
+
+    def rewind(self) -> None:
+        """Go to the beginning of the first epoch."""
+        self._go_to((0, 0, 0))
+
+    def _go_to(self, place: tuple[int, int, int]) -> None:
+        self._place = self._current = place
         self.quarantine, self.num_rows = Quarantine(), 0
+        self._left_out, self._rows_before = [], 0
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for the same rows to come again."""
@@ -156,7 +204,7 @@ class StreamSource:
             "rank": self.rank,
             "seed": self.seed,
             "window": self.window,
-            "fingerprint": self._fingerprint,
+            "fingerprint": self.fingerprint,
         }
 
 

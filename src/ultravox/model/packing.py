@@ -25,11 +25,13 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ultravox.errors import ModelError
 from ultravox.model.fast_attention import Packing, takes_packed_rows
-from ultravox.model.kernels import ROWS_MULTIPLE
 from ultravox.tokens import IGNORE_INDEX
 
 #: Under a dense mask, attention costs the square of a row, so a batch becomes several rows, between so and so wide.
 DENSE_WIDTHS = (128, 512)
+
+#: Of the positions of a batch, filling included: matrix products like it, and oneDNN compiles for fewer numbers.
+_POSITIONS_MULTIPLE = 8
 
 BLOCK_MASK_ATTENTION = "ultravox_block_mask"
 
@@ -151,7 +153,7 @@ def _share_out(lengths: list[int], num_rows: int) -> tuple[Tensor, tuple[int, in
         used, row = rows[0]
         places[index] = (row, used)
         heapq.heapreplace(rows, (used + lengths[index], row))
-    multiple = ROWS_MULTIPLE // math.gcd(ROWS_MULTIPLE, num_rows)
+    multiple = _POSITIONS_MULTIPLE // math.gcd(_POSITIONS_MULTIPLE, num_rows)
     width = -(-max(rows)[0] // multiple) * multiple
     firsts = torch.tensor([row * width + used for row, used in places])
     counts = torch.tensor(lengths)

@@ -13,6 +13,7 @@ from ultravox.audio.waveform import change_speed, load_waveform
 from ultravox.data.collate import pad_frames
 from ultravox.data.order import PlannedBatch
 from ultravox.data.quarantine import audio_fault
+from ultravox.data.stream_order import StreamedBatch
 from ultravox.errors import AudioError
 from ultravox.training.features import Features
 from ultravox.training.speech import Example, Version
@@ -44,9 +45,11 @@ class SpeechBatch:
     seconds: list[float]
     """Of each row's audio."""
     faults: list[tuple[str, str]]
-    """Reason and name of the recordings that could not be decoded; their rows are not in the batch."""
+    """Reason and name of the recordings that could not be decoded, and of a stream's rows that gave no example."""
     epoch: int = 0
     augment_seed: tuple[int | str, ...] = ()
+    num_rows: int = 0
+    """Of a stream: rows that were looked at for this batch and those after it; 0 unless a window begins here."""
 
     @property
     def audio_seconds(self) -> float:
@@ -84,8 +87,8 @@ class SpeechBatch:
         )
 
 
-Choice = tuple[int, int, int]
-"""Place of an example, its version, its prompt."""
+Choice = tuple[Example, int, int]
+"""An example, its version, its prompt."""
 
 
 class BatchMaker:
@@ -110,12 +113,18 @@ class BatchMaker:
 
     def planned(self, batch: PlannedBatch, epoch: int) -> SpeechBatch:
         """The batch of a plan. Its augmentation is a pure function of the seed, the epoch and each example."""
-        choices = list(zip(batch.rows.tolist(), batch.versions.tolist(), batch.prompts.tolist(), strict=True))
-        return self._make(choices, epoch, batch.copies.tolist())
+        streamed = batch if isinstance(batch, StreamedBatch) else None
+        examples = self.examples if streamed is None else streamed.examples
+        chosen = [examples[row] for row in batch.rows.tolist()]
+        choices = list(zip(chosen, batch.versions.tolist(), batch.prompts.tolist(), strict=True))
+        made = self._make(choices, epoch if streamed is None else streamed.epoch, batch.copies.tolist())
+        if streamed is not None:
+            made.faults[:0], made.num_rows = streamed.left_out, streamed.num_rows
+        return made
 
     def first(self) -> SpeechBatch:
         """All examples at their first speed, with their first prompt."""
-        choices = [(place, 0, 0) for place in range(len(self.examples))]
+        choices = [(example, 0, 0) for example in self.examples]
         return self._make(choices, 0, [0] * len(choices))
 
     def audio_tokens(self, frames: Sequence[int]) -> int:
@@ -140,8 +149,7 @@ class BatchMaker:
         windows: list[np.ndarray] = []
         nothing = torch.zeros(0)
         made = SpeechBatch([], [], [], [], [], [], [], [], nothing, nothing, self.encoded, [], [], epoch)
-        for (place, version_number, prompt), copy in zip(choices, copies, strict=True):
-            example = self.examples[place]
+        for (example, version_number, prompt), copy in zip(choices, copies, strict=True):
             version = example.versions[version_number]
             try:
                 recordings = self._recordings(example, version, epoch, copy)

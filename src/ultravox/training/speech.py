@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ultravox.audio.content import Audio
 from ultravox.audio.lengths import SAMPLE_RATE
+from ultravox.audio.waveform import load_waveform
 from ultravox.config.data import SourceConfig
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.cache import CacheReport, FeatureRequest, SizeCap
@@ -19,14 +20,18 @@ from ultravox.data.examples import TokenisedExample, tokenise
 from ultravox.data.filters import Filters
 from ultravox.data.fingerprint import fingerprint, uid
 from ultravox.data.manifest import Clip
-from ultravox.data.quarantine import Quarantine
+from ultravox.data.quarantine import Quarantine, audio_fault
 from ultravox.data.source import SourceSpec
 from ultravox.data.sources import load_source
+from ultravox.data.streaming import ROWS_TO_JUDGE
 from ultravox.data.templates import PromptTemplate, UnusableRow
-from ultravox.errors import DataError
+from ultravox.errors import AudioError, DataError
 from ultravox.metrics.normalize import normalize_english, spoken_form
 from ultravox.training.features import Features
 from ultravox.training.progress import bar
+
+if TYPE_CHECKING:
+    from ultravox.training.stream import SpeechStream
 
 #: Clips of this length are looked at while training, where there are enough.
 PROGRESS_SECONDS = (1.0, 6.0)
@@ -69,7 +74,7 @@ class SpeechData:
     sources: list[SourceConfig]
     temperature: float | None
     examples: list[Example]
-    """In the order of the sources."""
+    """In the order of the sources; none of a stream."""
     progress_examples: list[Example]
     features: Features
     cached: bool
@@ -80,26 +85,42 @@ class SpeechData:
     max_quarantine_share: float
     max_audio_seconds: float
     num_rows: int
-    """Of all sources, before any was set aside."""
+    """Of all sources, before any was set aside; of a stream, those that were looked at since this process began."""
     fingerprints: dict[str, str]
     """Source → hash of its clips, their audio and their tokens: what a resume must find unchanged."""
     sizes: dict[str, int]
-    """Source → clips."""
+    """Source → clips; 0 for a stream, which has no total."""
     seconds: float
     """Of audio, at speed 1."""
     trainable: dict[str, torch.nn.Parameter]
     """What trains in any stage of the run."""
+    stream: "SpeechStream | None" = None
+    """Where the examples come from while training, when they are not here."""
 
     def uses_cache(self, stage: StageConfig) -> bool:
         """Whether a stage reads the cache, or decodes in every epoch."""
         return self.cached and not stage.augment.waveform.active
 
-    def set_aside(self, faults: Sequence[tuple[str, str]]) -> None:
-        """Take note of recordings that turned out to be unusable: reasons and names. DataError when too many are."""
+    def set_aside(self, faults: Sequence[tuple[str, str]], num_rows: int = 0, epoch: int = 0) -> None:
+        """Take note of recordings that turned out to be unusable: reasons and names. DataError when too many are.
+
+        Of a stream, `num_rows` more were looked at, in this `epoch`; in its first, it is not judged by a few rows.
+        """
+        self.num_rows += num_rows
         for reason, name in faults:
             self.quarantine.add(reason, name)
-        if faults:
+        if faults and (self.stream is None or epoch > 0 or self.num_rows >= ROWS_TO_JUDGE):
             self.quarantine.require(self.max_quarantine_share, self.num_rows)
+
+    def describe(self) -> str:
+        """What there is to train on, in one line."""
+        if self.stream is not None:
+            return self.stream.describe()
+        versions = sum(len(example.versions) for example in self.examples)
+        quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in self.quarantine.reasons.items()]
+        left_out = f", left out {', '.join(quarantined)}" if quarantined else ""
+        minutes = f"{self.seconds / 60:.0f} min of speech"
+        return f"{len(self.examples)} clips ({minutes}, {versions} versions with their speeds){left_out}"
 
 
 def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
@@ -122,21 +143,24 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         quarantine.update(loaded.left_out)
         parts[source_key(source)] = [loaded.fingerprint]
         rows += [(index, clip) for clip in loaded.clips]
+    cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
     progress, training = _keep_out(data.sources, rows, config.evaluation.num_progress_clips)
+    if not cached:
+        progress = [(index, clip) for index, clip in progress if _is_heard(clip, data.max_audio_seconds, quarantine)]
 
     # Text before audio: what is wrong with it is found out before hours of encoding
     found: dict[int, Example] = {}
     for index, clip in [*training, *progress]:
         key = source_key(data.sources[index])
         try:
-            found[id(clip)] = _tokenised(index, clip, templates[index], processor, config, parts[key][0])
-            parts[key] += _tokens(found[id(clip)])
+            name = f"{key} {parts[key][0]}"
+            found[id(clip)] = make_example(index, clip, templates[index], processor, config, name)
+            parts[key] += tokens_of(found[id(clip)])
         except UnusableRow as error:
             quarantine.add(error.reason, clip.id)
     quarantine.require(data.max_quarantine_share, num_rows)
 
     features = Features(model, data.feature_dtype, config.model.audio_encoder)
-    cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
     wanted = [(i, clip, speed) for i, clip in training for speed in data.sources[i].speeds or data.speeds]
     wanted = [choice for choice in [*wanted, *((i, clip, 1.0) for i, clip in progress)] if id(choice[1]) in found]
     heard = [templates[index].recordings(clip) for index, clip, _ in wanted]
@@ -151,7 +175,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         usable = [name for name in mine if name is not None]
         parts[source_key(data.sources[index])] += [name or "" for name in mine]
         if len(usable) == len(mine):
-            found[id(clip)].versions.append(_version(features, speed, [s for _, s in recordings], usable))
+            found[id(clip)].versions.append(make_version(features, speed, [s for _, s in recordings], usable))
     examples = [found[id(clip)] for _, clip in training if id(clip) in found and found[id(clip)].versions]
     if not examples:
         raise DataError("no clip is left to train on: check data.sources and the length limits")
@@ -174,7 +198,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     )
 
 
-def _version(features: Features, speed: float, seconds: list[float], names: list[str]) -> Version:
+def make_version(features: Features, speed: float, seconds: list[float], names: list[str]) -> Version:
     """A row at one speed, from its recordings' seconds and their entries in the cache ("" without one)."""
     if any(names):
         frames = [features.cached_frames(name) for name in names]
@@ -204,11 +228,21 @@ def _check(config: RunConfig, requests: list[FeatureRequest]) -> CacheReport:
     for index, request in enumerate(requests):
         reason = "too short" if request.seconds < low else "too long" if request.seconds > high else None
         if reason is None and isinstance(request.audio, Path) and not request.audio.is_file():
-            reason = "missing"
+            reason = "missing audio"
         if reason:
             report.quarantine.add(reason, str(request.audio))
             report.names[index] = None
     return report
+
+
+def _is_heard(clip: Clip, max_seconds: float, quarantine: Quarantine) -> bool:
+    """Whether a clip can be decoded; if not, it is set aside. Without a cache, nothing else tells it beforehand."""
+    try:
+        load_waveform(clip.audio, max_seconds=max_seconds)
+    except AudioError as error:
+        quarantine.add(audio_fault(error, clip.audio), clip.id)
+        return False
+    return True
 
 
 def source_spec(source: SourceConfig) -> SourceSpec:
@@ -224,7 +258,7 @@ def source_key(source: SourceConfig) -> str:
     return f"{source.name}{subset}/{source.split}/{source.task}"
 
 
-def _tokens(example: Example) -> list[str]:
+def tokens_of(example: Example) -> list[str]:
     """An example's tokens, for the fingerprint of its source."""
     arrays = [example.transcript, *(array for prompt in example.prompts for array in prompt)]
     return [array.tobytes().hex() for array in arrays]
@@ -250,7 +284,7 @@ def _keep_out(sources: Sequence[SourceConfig], rows: list[Sourced], count: int) 
     return progress, [(index, clip) for index, clip in rows if normalize_english(clip.text) not in texts]
 
 
-def _tokenised(
+def make_example(
     index: int, clip: Clip, template: PromptTemplate, processor: Any, config: RunConfig, source_fingerprint: str
 ) -> Example:
     """The example of a row. UnusableRow when there can be none."""

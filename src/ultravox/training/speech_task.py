@@ -15,6 +15,7 @@ from ultravox.data.fingerprint import fingerprint
 from ultravox.data.mixture import Mixture
 from ultravox.data.order import DataOrder, PlannedBatch, Position
 from ultravox.data.plan import Limits, Mode
+from ultravox.data.stream_order import StreamOrder
 from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import word_error_rate
 from ultravox.training.batches import BatchMaker, SpeechBatch
@@ -58,7 +59,9 @@ class SpeechTask(abc.ABC):
         self.memory = memory
         self.order = self._planned(Limits(self.stage.max_batch_tokens, self.plan_mode, OfLongest(memory), max_bytes))
 
-    def _planned(self, limits: Limits) -> DataOrder:
+    def _planned(self, limits: Limits) -> DataOrder | StreamOrder:
+        if self.data.stream is not None:
+            return self.data.stream.order(self._select, limits, seed=self.seed)
         return DataOrder(
             self.audio_tokens,
             self.text_tokens,
@@ -90,7 +93,7 @@ class SpeechTask(abc.ABC):
 
     def loss(self, batch: SpeechBatch) -> LossOutput:
         """See `Task`. DataError when too many recordings of the run could not be decoded."""
-        self.data.set_aside(batch.faults)
+        self.data.set_aside(batch.faults, batch.num_rows, batch.epoch)
         return self._loss(batch) if batch.ids else LossOutput(torch.zeros(()), 0, 0.0, 0)
 
     @abc.abstractmethod
@@ -140,14 +143,19 @@ class SpeechTask(abc.ABC):
             frames = augment(frames, lengths, self.stage.augment, batch.augment_seed, rate)
         return self.model.project(frames, lengths)
 
-    def epochs(self, position: Position) -> float:
-        """How often the data has come up to a position; in the middle of an epoch, about."""
-        epoch, window, batch = position
-        share = batch / self.order.num_batches(epoch, window) if batch else 0.0
-        return epoch + (window + share) / self.order.num_windows(epoch)
+    def stream_state(self, position: Position) -> dict[str, Any] | None:
+        """What `go_to` needs beside a position; None where a position says all."""
+        return self.order.state(position) if isinstance(self.order, StreamOrder) else None
+
+    def go_to(self, position: Position, stream_state: dict[str, Any] | None) -> None:
+        """Before the first batch: let the plan begin at a position. CheckpointError when it is another stream's."""
+        if isinstance(self.order, StreamOrder) and stream_state is not None:
+            self.order.go_to(position, stream_state)
 
     def mixture(self, epochs: int) -> dict[str, dict[str, float]]:
         """Of each source, the share of the examples that was asked for, and what it is over so many whole epochs."""
+        if isinstance(self.order, StreamOrder):
+            return {source_key(source): {"requested": 1.0, "realised": 1.0} for source in self.data.sources}
         mixture = self.order.mixture
         counts = dict(zip(mixture.names, mixture.drawn_before(max(1, epochs)), strict=True))
         total = sum(counts.values())

@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +64,9 @@ def _build(args: argparse.Namespace) -> int:
     if config.data.cache == "none":
         raise UltravoxError("a run of this config caches nothing (data.cache: none): there is nothing to build")
 
+    if config.data.streaming:
+        raise UltravoxError("a run of this config caches nothing (its source is streamed): there is nothing to build")
+
     from ultravox.model.factory import build_model, build_processor
     from ultravox.training.speech import prepare_speech
 
@@ -83,8 +88,11 @@ def _build(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from ultravox.data.cache_folder import describe, features_bytes, features_folder, key_folders
+    from ultravox.data.cache_shards import find_shards
 
-    infos = [describe(folder, args.verify) for folder in _with_bar(key_folders(), args.verify)]
+    folders = key_folders()
+    with _bar(sum(len(find_shards(folder)) for folder in folders), args.verify) as on_shard:
+        infos = [describe(folder, args.verify, on_shard) for folder in folders]
     if args.json:
         keys = [{**asdict(info), "health": info.health} for info in infos]
         print(
@@ -136,14 +144,16 @@ def _print(infos: "list[KeyInfo]") -> None:
         print_table(titles, rows)
 
 
-def _with_bar(folders: list[Path], verify: bool) -> "list[Path]":
-    """The folders; while each is checked, a bar on standard error where that is a terminal."""
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """While shards are checked, a bar on standard error where that is a terminal; yields what to call for each."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     console = Console(stderr=True)
-    shown = verify and console.is_terminal
-    return track(folders, "checking", console=console, disable=not shown, transient=True)  # type: ignore[return-value]
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task("checking", total=total)
+        yield lambda: progress.advance(task)
 
 
 def _size(num_bytes: int) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ultravox.cli.names import parse_columns
 from ultravox.errors import DataError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _load(args: argparse.Namespace) -> "tuple[dict[str, list[Clip]], dict[str, l
     from ultravox.data.source import SourceSpec
     from ultravox.data.sources import open_source, read_all
 
-    columns = dict(_pair(text) for text in args.columns)
+    columns = parse_columns(args.columns)
     if args.max_clips is not None and args.max_clips < 1:
         raise DataError(f"--max-clips takes a number of at least 1, got {args.max_clips}")
     splits: dict[str, list[Clip]] = {}
@@ -87,14 +88,6 @@ def _load(args: argparse.Namespace) -> "tuple[dict[str, list[Clip]], dict[str, l
             opened = open_source(replace(spec, split=split))
             splits[split], faults[split] = read_all(opened, args.max_clips)
     return splits, faults
-
-
-def _pair(text: str) -> tuple[str, str]:
-    """The two names in "ours=theirs"."""
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
-        raise DataError(f"--columns takes OURS=THEIRS, such as text=sentence; got {text!r}")
-    return ours, theirs
 
 
 def _progress():

@@ -3,16 +3,18 @@
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from ultravox.cli.names import parse_columns
 from ultravox.errors import UltravoxError
 
 if TYPE_CHECKING:
-    from ultravox.data.manifest import Clip
+    from ultravox.data.clip import Clip, RowFault
     from ultravox.data.prepare import Prepared
+    from ultravox.data.sharding import Rows
 
 HELP = """\
 Check every row of a dataset and pack it into Parquet shards: audio at 16 kHz inside, lengths counted, bad rows left
@@ -38,10 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         metavar="SOURCE",
         nargs="+",
-        help="bundled name, dataset or audio folder, or .jsonl file; splits of one name are joined, in this order",
+        help="bundled name, folder, .jsonl file, or a hub's id; splits of one name are joined, in this order",
     )
     parser.add_argument("--output", metavar="FOLDER", required=True, help="the folder to make")
     parser.add_argument("--splits", metavar="NAME", nargs="+", help="splits to prepare (default: all)")
+    parser.add_argument("--subset", metavar="NAME", help="configuration of a Hugging Face dataset")
+    parser.add_argument("--revision", metavar="NAME", help="commit, tag or branch of a dataset on the hub")
+    parser.add_argument("--format", metavar="KIND", default="auto", help="kind of source (default: by what is there)")
+    parser.add_argument(
+        "--columns", metavar="OURS=THEIRS", action="append", default=[], help="name of a column; may be repeated"
+    )
     parser.add_argument("--tokenizer", metavar="MODEL", help="count each text's tokens by this model's tokenizer")
     rows = parser.add_argument_group("rows")
     rows.add_argument(
@@ -97,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     from ultravox.data.shard import RowOptions
     from ultravox.data.sharding import PrepareOptions
 
-    splits, sources = _open(args.sources, args.splits)
+    splits, sources = _open(args)
     rows = RowOptions(args.min_seconds, args.max_seconds, args.keep_original, args.keep_silent)
     with _progress() as on_progress:
         prepared = prepare_dataset(
@@ -116,32 +124,37 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_FAULTS if args.strict and prepared.info["same_audio"]["num_rows"] else 0
 
 
-def _open(
-    names: Sequence[str], wanted: Sequence[str] | None
-) -> "tuple[dict[str, Callable[[], Iterator[Clip]]], list[dict[str, Any]]]":
-    """Name of each split → its clips, of all sources; and what is known of each source. The one place that opens them.
+def _open(args: argparse.Namespace) -> "tuple[dict[str, Rows], list[dict[str, Any]]]":
+    """Name of each split → its rows, of all sources; and what is known of each source. The one place that opens them.
 
-    A manifest's split is called as its file, with _ for what no split's name may hold.
+    A split is called as in its source, with _ for what no split's name may hold.
     """
-    from ultravox.data.sources import describe_source, load_clips, split_names
+    from ultravox.data.source import SourceSpec
+    from ultravox.data.sources import open_source
 
-    parts: dict[str, list[tuple[str, str]]] = {}
+    columns = parse_columns(args.columns)
+    parts: dict[str, list[SourceSpec]] = {}
     sources: list[dict[str, Any]] = []
-    for name in names:
-        about = describe_source(name)
-        sources.append({"name": name, **{key: about.get(key, "") for key in ("licence", "attribution")}})
-        for split in split_names(name):
-            if wanted is None or split in wanted:
-                parts.setdefault(re.sub(r"[^\w.]", "_", split), []).append((name, split))
-    found = {split for places in parts.values() for _, split in places}
-    if missing := [split for split in wanted or () if split not in found]:
-        there = sorted({split for name in names for split in split_names(name)})
-        raise UltravoxError(f"no source has a split {missing[0]!r}: there is {', '.join(there)}")
+    there: list[str] = []
+    for name in args.sources:
+        spec = SourceSpec(
+            name, args.format, subset=args.subset, revision=args.revision, columns=columns, needs_audio=False
+        )
+        source = open_source(spec)
+        about = source.describe()
+        keys = ("licence", "attribution")
+        sources.append({"name": name, **{key: about.get(key) or getattr(source, key) for key in keys}})
+        there += source.splits()
+        for split in source.splits():
+            if args.splits is None or split in args.splits:
+                parts.setdefault(re.sub(r"[^\w.]", "_", split), []).append(replace(spec, split=split))
+    if missing := [split for split in args.splits or () if split not in there]:
+        raise UltravoxError(f"no source has a split {missing[0]!r}: there is {', '.join(sorted(set(there)))}")
 
-    def clips(places: list[tuple[str, str]]) -> "Iterator[Clip]":
-        return chain.from_iterable(load_clips(name, split) for name, split in places)
+    def rows(specs: list[SourceSpec]) -> "Iterator[Clip | RowFault]":
+        return (row for spec in specs for _, row in open_source(spec).rows())
 
-    return {split: partial(clips, places) for split, places in parts.items()}, sources
+    return {split: partial(rows, specs) for split, specs in parts.items()}, sources
 
 
 def _token_counter(model: str) -> Callable[[list[str]], list[int]]:

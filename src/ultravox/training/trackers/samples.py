@@ -1,69 +1,42 @@
-"""``samples/<stage>/samples-rank<r>.jsonl``: which example went into which step, for `ultravox data audit`.
+"""Which example went into which step, for ``ultravox data audit``: the log of `ultravox.data.sample_log`, by stage."""
 
-One line per example, format version 1. A run that goes on after a kill may train some steps a second time: lines carry
-the number of the attempt, and of one step the last attempt's count.
-"""
-
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ultravox.data.sample_log import SampleLog
 from ultravox.training.trainer import StepRecord
 
-FORMAT_VERSION = 1
 FOLDER = "samples"
 
 
-class SampleLog:
-    """Appends the examples of each step."""
+def samples_folder(run_dir: Path, stage: str) -> Path:
+    """Where the logs of a stage's ranks are."""
+    return run_dir / FOLDER / stage
 
-    def __init__(
-        self, run_dir: Path, stage: str, source_names: Sequence[str], *, attempt: int = 0, rank: int = 0
-    ) -> None:
-        path = run_dir / FOLDER / stage / f"samples-rank{rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._names, self._attempt, self._rank = source_names, attempt, rank
-        self._file = path.open("a")
+
+class StepSamples:
+    """Writes the examples of each step."""
+
+    def __init__(self, log: SampleLog, source_names: Sequence[str]) -> None:
+        """Args:
+        log: of this rank.
+        source_names: of each source, by the index that examples have.
+        """
+        self._log, self._names = log, source_names
 
     def on_step(self, record: StepRecord) -> None:
-        lines = []
         for loaded in record.batches:
-            place = {
-                "version": FORMAT_VERSION,
-                "attempt": self._attempt,
-                "step": record.step,
-                "micro_batch": loaded.index,
-                "rank": self._rank,
-                "worker": loaded.worker,
-                "epoch": loaded.position[0],
-            }
-            for uid, source in zip(loaded.batch.uids, loaded.batch.sources, strict=True):
-                lines.append(json.dumps({**place, "uid": uid, "source": self._names[source]}))
-        self._file.write("".join(f"{line}\n" for line in lines))
-        self._file.flush()
+            self._log.write(
+                step=record.step - 1,
+                micro_batch=loaded.index,
+                worker=loaded.worker,
+                epoch=loaded.batch.epoch,
+                uids=loaded.batch.uids,
+                sources=[self._names[source] for source in loaded.batch.sources],
+            )
 
     def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """Evaluations train on nothing."""
+        """Nothing is trained on."""
 
     def close(self) -> None:
-        self._file.close()
-
-
-def next_attempt(run_dir: Path) -> int:
-    """The number of a run's next attempt: one more than any in its logs."""
-    attempts = [-1]
-    for path in (run_dir / FOLDER).glob("*/samples-rank*.jsonl"):
-        for line in _last_lines(path):
-            try:
-                attempts.append(json.loads(line)["attempt"])
-            except (ValueError, KeyError):
-                continue  # half a line, from a process that was killed
-    return 1 + max(attempts)
-
-
-def _last_lines(path: Path) -> list[bytes]:
-    """The last whole line, and what may follow it, without reading the file."""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-        return file.read().splitlines()[-2:]
+        self._log.close()
