@@ -197,3 +197,17 @@ def make_waveform():
         return (0.1 * noise).astype(np.float32)
 
     return make
+
+
+@pytest.fixture
+def speech_server():
+    """A server with OpenAI's two endpoints on this machine."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        from speech_server import serving
+    finally:
+        sys.path.pop(0)
+    with serving() as server:
+        yield server

@@ -265,6 +265,51 @@ def test_matrix_products_and_attention_are_measured(monkeypatch, capsys):
     assert [float(word) > 0 for word in attention.split() if word.replace(".", "").isdigit()] == [True] * 4
 
 
+def test_planning_is_measured_in_fresh_processes(monkeypatch, tmp_path, capsys):
+    plan = load("plan")
+    monkeypatch.setattr(plan, "PADDING_ROWS", 3000)
+    monkeypatch.setattr(plan, "REPEATS", 1)
+    monkeypatch.setattr(plan, "asterisk", lambda: plan.librispeech_like(300))
+    call(plan, monkeypatch, "--rows", "5000", "--results", str(tmp_path / "plan.json"))
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert all(runs[0]["peak_memory_bytes"] > 1e7 for runs in found["planning"].values())
+    speech = found["padding"]["librispeech-like"]
+    assert speech["padded"]["plan_token_padding"]["mean"] < 0.06 < speech["padded"]["fixed_size_token_padding"]["mean"]
+    assert 0.95 < speech["best_fit"]["fill"]["mean"] <= 1
+    assert "resuming late" in capsys.readouterr().out
+
+
+def test_the_lengths_of_the_planning_benchmark_are_those_of_the_published_facts():
+    plan = load("plan")
+    audio, text = plan.librispeech_like(100_000)
+    assert 12.0 < audio.mean() / 10 < 12.3  # seconds; icefall prints 12.1
+    assert 3.7 < audio.std() / 10 < 4.5  # 4.2
+    assert abs((text - plan.PROMPT_TOKENS).sum() / audio.sum() * 10 - plan.TOKENS_PER_SECOND) < 0.1
+
+
+def test_the_kept_figures_of_planning_hold_the_targets():
+    found = json.loads((KEPT / "plan.json").read_text())
+    assert found["num_rows"] == 10_000_000
+    for runs in found["planning"].values():
+        assert min(run["seconds"] for run in runs) <= 30
+        assert max(run["peak_memory_bytes"] for run in runs) <= 2e9
+    early, late = (min(run["seconds"] for run in found["resuming"][place]) for place in ("early", "late"))
+    assert late < 1.5 * early
+    for data in found["padding"].values():
+        assert data["padded"]["plan_token_padding"]["mean"] <= 0.05
+    assert found["padding"]["librispeech-like"]["padded"]["plan_frame_padding"]["mean"] <= 0.05
+    assert found["padding"]["librispeech-like"]["best_fit"]["fill"]["mean"] >= 0.98
+
+
+def test_the_documents_figures_of_planning_are_the_kept_ones():
+    modes = json.loads((KEPT / "plan.json").read_text())["padding"]["librispeech-like"]
+    text = (ROOT / "docs" / "data.md").read_text()
+    for kind, label in (("fixed_size", "fixed size, not sorted"), ("plan", "planned, padded")):
+        token, frame = (modes["padded"][f"{kind}_{of}_padding"]["mean"] for of in ("token", "frame"))
+        assert f"| {label} | {token:.1%} | {frame:.1%} |" in text
+    assert f"sequences are {modes['best_fit']['fill']['mean']:.1%} full" in text
+
+
 @pytest.mark.network
 def test_tuning_is_measured_with_each_kernel(not_fetched):
     from ultravox.errors import NetworkError
@@ -281,3 +326,47 @@ def test_tuning_is_measured_with_each_kernel(not_fetched):
     names = [line[:24].strip() for line in lines]
     assert (names[0], names[-1]) == ("plain PyTorch", "+ packed rows")
     assert all(float(line[24:].split()[0]) > 0 for line in lines)
+
+
+def test_preparing_is_measured_in_speed_and_memory(tmp_path, monkeypatch, capsys):
+    import numpy as np
+    import soundfile
+
+    prepare = load("prepare")
+    rows = []
+    for index in range(4):
+        samples = np.random.default_rng(index).integers(-9000, 9000, 16000).astype(np.int16)
+        soundfile.write(tmp_path / f"{index}.flac", samples, 16000)
+        rows.append(json.dumps({"id": str(index), "audio": f"{index}.flac", "text": "words", "duration": 1.0}))
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr(prepare, "FORMS", {form: prepare.FORMS[form] for form in list(prepare.FORMS)[:2]})
+    words = ["--source", str(tmp_path / "data.jsonl"), "--repeat", "2", "--rounds", "1", "--text-rows", "10"]
+    call(prepare, monkeypatch, *words, "--results", str(tmp_path / "kept.json"))
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert json.loads(capsys.readouterr().out) == kept
+    assert [form["audio_seconds"] for form in kept["speed"].values()] == [8.0, 8.0]
+    assert all(form["times_real_time_per_core"]["mean"] > 0 for form in kept["speed"].values())
+    assert kept["memory"]["audio"]["rows"] == [8, 32]
+    assert kept["memory"]["text"]["rows"] == [10, 40]
+    assert kept["random_read_microseconds"]["median"] > 0
+
+
+def test_preparing_keeps_its_promises():
+    """Of the kept measurement: many times real time on one core, and memory that does not grow with the corpus."""
+    kept = json.loads((KEPT / "prepare.json").read_text())
+    assert kept["speed"]["flac 16 kHz"]["times_real_time_per_core"]["mean"] >= 150
+    assert kept["speed"]["flac 16 kHz"]["times_real_time_per_core"]["n"] >= 3
+    assert all(kind["ratio"] < 1.1 and kind["rows"][1] == 4 * kind["rows"][0] for kind in kept["memory"].values())
+
+
+def test_the_feature_cache_is_measured(tmp_path, monkeypatch):
+    module = load("cache")
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    words = ["--entries", "30", "--clips", "20", "--no-step", "--results", str(tmp_path / "cache.json")]
+    call(module, monkeypatch, *words)
+    figures = json.loads((tmp_path / "cache.json").read_text())
+    kept = json.loads((KEPT / "cache.json").read_text())
+    assert {*figures, "step"} == set(kept), "the kept figures are of another form: run `python benchmarks/cache.py`"
+    for part in ("start", "reading", "decoding"):
+        assert set(figures[part]) == set(kept[part])
+        assert all(value > 0 for value in figures[part].values())

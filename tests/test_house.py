@@ -79,7 +79,8 @@ def test_importing_the_package_is_light():
 
 
 def test_command_modules_and_configs_are_light():
-    names = [f"ultravox.cli.{path.stem}" for path in PACKAGE.glob("cli/*.py") if path.stem != "__init__"]
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.glob("cli/**/*.py")]
+    names = [".".join(("ultravox", *path.parts)) for path in paths if path.name != "__init__"]
     names += [f"ultravox.config.{path.stem}" for path in PACKAGE.glob("config/*.py") if path.stem != "__init__"]
     assert not loaded_by(f"import {', '.join([*names, 'ultravox.errors', 'ultravox.files'])}") & HEAVY
 

@@ -38,7 +38,8 @@ def explain_full_disk(path: str | Path) -> Iterator[None]:
         raise
 
 
-def _fsync(path: Path) -> None:
+def fsync_file(path: Path) -> None:
+    """Wait until a file's, or a folder's, content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,7 +63,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    _fsync(path.parent)
+    fsync_file(path.parent)
 
 
 @contextmanager
@@ -79,16 +80,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _fsync(file)
-            temporary.chmod(0o755)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-                os.replace(path, old / "old")
-                os.replace(temporary, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, path)
+                    fsync_file(file)
+            replace_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    _fsync(path.parent)
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Give a finished folder its own name; an older folder of that name is removed."""
+    temporary.chmod(0o755)
+    if path.exists():
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+        os.replace(path, old / "old")
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    fsync_file(path.parent)

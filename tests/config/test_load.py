@@ -62,6 +62,16 @@ def test_whole_numbers(write, text):
     assert load_config(write(BASE.replace("max_steps: 100", f"max_steps: {text}"))).stages[0].max_steps == 100
 
 
+@pytest.mark.parametrize(("word", "truth"), [("on", True), ("off", False)])
+def test_on_and_off_are_words(write, word, truth):
+    config = load_config(write(BASE + f"    packing: {word}\nlogging: {{tensorboard: {word}}}"))
+    assert config.stages[1].packing == word
+    assert config.logging.tensorboard is truth
+    assert parse_config(dump_config(config)) == config
+    other = {"on": "off", "off": "on"}[word]
+    assert load_config(write(BASE), ["--stages.tune.packing", other]).stages[1].packing == other
+
+
 def test_dump_and_load_are_inverse(write, tmp_path):
     config = load_config(write(BASE), ["--data.speeds", "[0.9, 1.0, 1.1]", "--run_dir", "runs/other"])
     assert parse_config(dump_config(config)) == config
@@ -177,7 +187,7 @@ def test_wrong_overrides(write, overrides, message):
         ("seed: 7", "seed: 7\nseed: 8", r"run\.yaml:3: key 'seed' was already given in line 2"),
         ("rank: 16", "rank: 16, rank: 8", r"run\.yaml:4: key 'model.language_model_lora.rank' was already given"),
         ("seed: 7", "seed: -1", r"run\.yaml:2: seed: should be ≥ 0, got -1"),
-        ("seed: 7", "seed: yes", r"run\.yaml:2: seed takes no true/false"),
+        ("seed: 7", "seed: true", r"run\.yaml:2: seed takes no true/false"),
         ("seed: 7", "seed: many", r"run\.yaml:2: seed: should be a valid integer.*'many'"),
         ("max_steps: 50", "max_steps: 1.5", r"run\.yaml:18: stages\[1\].max_steps: .*got 1.5"),
         ("projector: 1e-3", "projector: .nan", r"run\.yaml:15: .*finite"),

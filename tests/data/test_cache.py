@@ -1,32 +1,25 @@
+"""The feature cache in one process: what it encodes, what it gives back, what it makes again."""
+
 import errno
-import json
-import threading
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cache_parts import KEY, Encoder, assert_right, write_tones
+
 from ultravox.audio.waveform import write_waveform
 from ultravox.data.cache import CacheKey, FeatureCache, FeatureRequest
+from ultravox.data.cache_shards import Shard, find_shards, hash_name
 from ultravox.errors import AudioError, DataError, UltravoxError
-
-KEY = CacheKey(encoder_hash="abc", preprocessing="log-mel-1", num_channels=3)
-
-
-class Encoder:
-    """Frames of 10 ms: mean, peak and a ramp. Counts its calls."""
-
-    def __init__(self):
-        self.calls, self.num_waveforms = 0, 0
-
-    def __call__(self, waveforms):
-        self.calls += 1
-        self.num_waveforms += len(waveforms)
-        return [self.one(waveform) for waveform in waveforms]
-
-    @staticmethod
-    def one(waveform):
-        blocks = np.array_split(waveform, max(1, len(waveform) // 160))
-        return np.array([[b.mean(), np.abs(b).max(), i / 100] for i, b in enumerate(blocks)], dtype=np.float32)
 
 
 @pytest.fixture
@@ -37,18 +30,17 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def requests(tmp_path):
-    found = []
-    for index in range(8):
-        seconds = 0.2 + 0.1 * index
-        time = np.arange(int(16000 * seconds)) / 16000
-        path = tmp_path / f"tone-{index}.wav"
-        write_waveform(path, (0.3 * np.sin(2 * np.pi * (200 + 50 * index) * time)).astype(np.float32))
-        found += [FeatureRequest(path, seconds, speed) for speed in (1.0, 1.1)]
-    return found
+    return write_tones(tmp_path)
 
 
-def shard(home):
-    return next(home.glob("features/*/shard.bin"))
+def shards(key=KEY):
+    return find_shards(key.folder())
+
+
+def flip_byte(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0xFF
+    path.write_bytes(content)
 
 
 def test_second_use_runs_the_encoder_not_once(home, requests):
@@ -62,18 +54,17 @@ def test_second_use_runs_the_encoder_not_once(home, requests):
 
 
 def test_frames_are_those_of_the_clip_and_not_copied(home, requests):
-    from ultravox.audio.waveform import change_speed, load_waveform
-
     cache = FeatureCache(KEY)
     names = cache.build(requests, Encoder()).names
     assert len(set(names)) == 16
-    for request, name in zip(requests, names, strict=True):
-        waveform = load_waveform(request.audio)
-        expected = Encoder.one(change_speed(waveform, request.speed) if request.speed != 1 else waveform)
-        assert cache.num_frames(name) == len(expected)
-        np.testing.assert_allclose(cache.frames(name), expected, atol=1e-3)
+    assert_right(cache, requests, names)
+    for name in names:
+        assert name in cache
         assert cache.frames(name).base is not None
         assert not cache.frames(name).flags.writeable
+    assert "other@1" not in cache
+    with pytest.raises(KeyError, match="other@1"):
+        cache.frames("other@1")
 
 
 def test_float32_when_asked(home, requests):
@@ -119,38 +110,145 @@ def test_the_key_is_the_content_not_the_name(home, requests, tmp_path):
     assert encoder.calls == 1
 
 
-def test_damaged_rows_are_made_again(home, requests):
+def test_damaged_rows_are_made_again_and_once(home, requests):
     names = FeatureCache(KEY).build(requests, Encoder()).names
-    content = bytearray(shard(home).read_bytes())
-    content[5] ^= 0xFF
-    shard(home).write_bytes(content)
+    flip_byte(shards()[0].data, 5)
     encoder, cache = Encoder(), FeatureCache(KEY)
     assert cache.build(requests, encoder).names == names
     assert encoder.num_waveforms == 1
-    assert all(np.isfinite(cache.frames(name)).all() for name in names)
-
-
-def test_truncated_shard_and_broken_index_are_made_again(home, requests):
-    FeatureCache(KEY).build(requests, Encoder())
-    content = shard(home).read_bytes()
-    shard(home).write_bytes(content[: len(content) // 2])
+    assert_right(cache, requests, names)
     encoder = Encoder()
     FeatureCache(KEY).build(requests, encoder)
+    assert encoder.calls == 0
+
+
+def test_damage_that_leaves_no_trace_is_found_when_it_is_read(home, requests):
+    names = FeatureCache(KEY).build(requests, Encoder()).names
+    data = shards()[0].data
+    before = data.stat()
+    flip_byte(data, 5)
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    encoder, cache = Encoder(), FeatureCache(KEY)
+    cache.build(requests, encoder)
+    assert encoder.calls == 0, "nothing tells yet"
+    [entry] = [entry for entry in shards()[0].entries(KEY.id).tolist() if entry[1] == 0]
+    [bad] = [name for name in names if hash_name(name) == entry[0]]
+    with pytest.raises(DataError, match="are damaged: start again"):
+        cache.frames(bad)
+    assert all(len(cache.frames(name)) for name in names if name != bad)
+    cache = FeatureCache(KEY)
+    cache.build(requests, encoder)
+    assert encoder.num_waveforms == 1
+    assert_right(cache, requests, names)
+
+
+def test_a_truncated_shard_is_made_again_and_never_gone_on_with(home, requests):
+    FeatureCache(KEY).build(requests, Encoder())
+    [first] = shards()
+    content = first.data.read_bytes()
+    first.data.write_bytes(content[: len(content) // 2])
+    encoder, cache = Encoder(), FeatureCache(KEY)
+    names = cache.build(requests, encoder).names
     assert 0 < encoder.num_waveforms < 16
-    (shard(home).parent / "index.json").write_text('{"version": 1, "ent')
+    assert_right(cache, requests, names)
+    assert first.data.read_bytes() == content[: len(content) // 2], "who has it open still sees the rows that were left"
+    assert [shard.number for shard in shards()] == [1, 2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "absent", "version", "key"])
+def test_an_index_that_does_not_fit_is_not_mixed_in(home, requests, damage):
+    FeatureCache(KEY).build(requests, Encoder())
+    [shard] = shards()
+    index = shard.index.read_bytes()
+    if damage == "cut":
+        shard.index.write_bytes(index[:-7])
+    elif damage == "flipped":
+        flip_byte(shard.index, 60)
+    elif damage == "absent":
+        shard.index.unlink()
+    elif damage == "version":
+        flip_byte(shard.index, 8)
+    else:
+        shard.write_entries(CacheKey("abd", "log-mel-1", 3).id, shard.entries(KEY.id))
     encoder, cache = Encoder(), FeatureCache(KEY)
     names = cache.build(requests, encoder).names
     assert encoder.num_waveforms == 16
-    np.testing.assert_allclose(cache.frames(names[0])[:, 2], np.arange(len(cache.frames(names[0]))) / 100, atol=1e-3)
+    assert_right(cache, requests, names)
+    assert len(list(KEY.folder().glob("*.bin"))) == 1, "what cannot be used is gone"
 
 
-def test_index_of_another_format_is_not_mixed_in(home, requests):
+@pytest.mark.parametrize(("old", "new"), [('"version": 2', '"version": 3'), ('"abc"', '"abd"')])
+def test_a_folder_of_another_version_or_key_is_refused(home, requests, old, new):
     FeatureCache(KEY).build(requests, Encoder())
-    path = shard(home).parent / "index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    said = KEY.folder() / "key.json"
+    said.write_text(said.read_text().replace(old, new))
+    with pytest.raises(DataError, match=rf"data cache clear --key {KEY.id}"):
+        FeatureCache(KEY).build(requests, Encoder())
+    said.write_text("{")
     encoder = Encoder()
     FeatureCache(KEY).build(requests, encoder)
-    assert encoder.num_waveforms == 16
+    assert encoder.calls == 0
+    assert f'"{KEY.encoder_hash}"' in said.read_text()
+
+
+def test_shards_are_of_bounded_size_and_all_are_read(home, requests):
+    cache = FeatureCache(KEY, shard_bytes=1000)
+    names = cache.build(requests, Encoder()).names
+    assert len(shards()) > 4
+    longest = max(cache.frames(name).nbytes for name in names)
+    assert all(shard.num_bytes(shard.data) <= max(1000, longest) for shard in shards())
+    reader = FeatureCache(KEY)
+    assert_right(reader, requests, names)
+    flip_byte(shards()[2].data, 9)
+    encoder, cache = Encoder(), FeatureCache(KEY, shard_bytes=1000)
+    assert_right(cache, requests, cache.build(requests, encoder).names)
+    assert encoder.num_waveforms == 1
+
+
+def test_small_builds_go_into_one_shard(home, requests):
+    for request in requests:
+        FeatureCache(KEY).build([request], Encoder())
+    assert len(shards()) == 1
+    assert len(shards()[0].entries(KEY.id)) == 16
+    cache = FeatureCache(KEY)
+    assert_right(cache, requests, cache.build(requests, Encoder()).names)
+
+
+def test_a_shard_is_read_whole_only_when_it_has_changed(home, requests, monkeypatch):
+    FeatureCache(KEY).build(requests, Encoder())
+    looks = []
+    whole = Shard.whole
+    monkeypatch.setattr(Shard, "whole", lambda self, *args: looks.append(self.number) or whole(self, *args))
+    FeatureCache(KEY).build(requests, Encoder())
+    assert looks == []
+    os.utime(shards()[0].data)
+    for _ in range(2):
+        FeatureCache(KEY).build(requests, Encoder())
+    assert looks == [1]
+
+
+def _read_in_child(cache, names, queue):
+    queue.put([cache.frames(name).tobytes() for name in names])
+
+
+def test_forked_and_pickled_workers_read_the_same(home, requests):
+    cache = FeatureCache(KEY)
+    names = cache.build(requests, Encoder()).names
+    expected = [cache.frames(name).tobytes() for name in names]
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    worker = fork.Process(target=_read_in_child, args=(cache, names, queue))
+    worker.start()
+    assert queue.get() == expected
+    worker.join(timeout=30)
+    pickled = pickle.dumps(cache)
+    assert len(pickled) < 1000, "not the index, which each process reads for itself"
+    script = (
+        f"import pickle; cache = pickle.loads({pickled!r})\nfor n in {names}: print(cache.frames(n).tobytes().hex())"
+    )
+    environment = {**os.environ, "ULTRAVOX_HOME": "elsewhere"}  # the folder travels too
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert [bytes.fromhex(line) for line in done.stdout.splitlines()] == expected, done.stderr
 
 
 def test_an_interrupted_build_leaves_nothing_half(home, requests):
@@ -167,22 +265,6 @@ def test_an_interrupted_build_leaves_nothing_half(home, requests):
     assert all(np.allclose(cache.frames(n)[:, 2] * 100, np.arange(cache.num_frames(n)), atol=0.1) for n in names)
 
 
-def test_two_builders_at_once_share_the_work(home, requests):
-    encoders = [Encoder(), Encoder()]
-    names: list = [None, None]
-
-    def build(index):
-        names[index] = FeatureCache(KEY).build(requests, encoders[index], max_batch_seconds=0.5).names
-
-    threads = [threading.Thread(target=build, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-    assert names[0] == names[1]
-    assert sorted(encoder.num_waveforms for encoder in encoders) == [0, 16]
-
-
 def test_bad_clips_are_counted_by_reason_and_too_many_stop_the_run(home, requests, tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"this is not audio" * 100)
     (tmp_path / "empty.wav").write_bytes(b"")
@@ -194,8 +276,9 @@ def test_bad_clips_are_counted_by_reason_and_too_many_stop_the_run(home, request
         "not readable as audio": 1,
         "empty": 1,
         "too short": 1,
-        "missing": 1,
+        "missing audio": 1,
     }
+    assert report.quarantine.counts() == {reason: len(files) for reason, files in report.quarantined.items()}
     assert report.names[-5:] == [None] * 5
     assert None not in report.names[:16]
     report.require(max_share=0.25, num_clips=12)  # the short one is no fault
@@ -220,18 +303,6 @@ def test_length_limits_hold_for_what_is_cached_already(home, requests):
         assert None not in report.names[2:-2]
 
 
-def test_an_index_that_does_not_know_lengths_goes_by_the_manifest(home, requests):
-    names = FeatureCache(KEY).build(requests, Encoder()).names
-    path = shard(home).parent / "index.json"
-    index = json.loads(path.read_text())
-    del index["num_samples"]
-    path.write_text(json.dumps(index))
-    encoder = Encoder()
-    report = FeatureCache(KEY).build(requests, encoder, min_seconds=0.25)
-    assert encoder.calls == 0
-    assert report.names == [None, None, *names[2:]]
-
-
 def test_a_full_disk_leaves_no_rows_that_no_index_names(home, requests, monkeypatch):
     class FullDisk(Encoder):
         def __call__(self, waveforms):
@@ -242,18 +313,19 @@ def test_a_full_disk_leaves_no_rows_that_no_index_names(home, requests, monkeypa
     cache = FeatureCache(KEY)
     with pytest.raises(UltravoxError, match="disk full"):
         cache.build(requests, FullDisk(), max_batch_seconds=1.0)
-    assert shard(home).stat().st_size == 0
+    assert shards() == []
     again = Encoder()
     names = cache.build(requests, again).names
     assert again.num_waveforms == 16
-    assert all(cache.num_frames(name) == len(cache.frames(name)) for name in names)
-    monkeypatch.setattr("ultravox.data.cache.SECONDS_BETWEEN_COMMITS", -1.0)
-    faster = [FeatureRequest(request.audio, request.seconds, request.speed + 0.5) for request in requests]
+    assert_right(cache, requests, names)
+    monkeypatch.setattr("ultravox.data.cache_shards.SECONDS_BETWEEN_COMMITS", -1.0)
+    faster = [replace(request, speed=request.speed + 0.5) for request in requests]
     with pytest.raises(UltravoxError, match="disk full"):
         cache.build(faster, FullDisk(), max_batch_seconds=1.0)
-    index = json.loads((shard(home).parent / "index.json").read_text())
-    assert 16 < len(index["entries"]) < 32, "what was indexed on the way stays"
-    assert shard(home).stat().st_size == index["num_rows"] * 3 * 2
+    [shard] = shards()
+    entries = shard.entries(KEY.id)
+    assert 16 < len(entries) < 32, "what was indexed on the way stays"
+    assert shard.data.stat().st_size == entries["rows"].sum() * KEY.row_bytes
 
 
 def test_frames_that_do_not_fit_are_refused(home, requests):

@@ -1,62 +1,145 @@
-from collections import Counter
+"""The loader: the plan's order whatever the number of ranks and workers, no random number drawn, no hang."""
 
-import numpy as np
+import os
+import signal
+import time
+from itertools import islice
+
 import pytest
+import torch
 
-from ultravox.data.loader import BatchOrder, fingerprint
-from ultravox.errors import DataError
-
-
-def items_of(order, epoch):
-    return [item for index in range(order.num_batches(epoch)) for item in order.batch(epoch, index)]
+from ultravox.data.loader import Loader
+from ultravox.data.order import Position
+from ultravox.errors import ConfigError, DataError
 
 
-def order(seed=0):
-    lengths = np.random.default_rng(0).integers(5, 60, (50, 3))
-    return BatchOrder(lengths, [1] * 40 + [2] * 10, max_batch_tokens=300, seed=seed)
+class Windows:
+    """Epochs of windows of 3, 0 and 2 batches; a planned batch is its own place."""
+
+    sizes = (3, 0, 2)
+
+    def num_windows(self, epoch):
+        return len(self.sizes)
+
+    def num_batches(self, epoch, window):
+        return self.sizes[window]
+
+    def batch(self, epoch, window, index):
+        return (epoch, window, index)
 
 
-def test_every_example_as_often_as_it_repeats_in_each_epoch():
-    for epoch in range(4):
-        counts = Counter(item.example for item in items_of(order(), epoch))
-        assert counts == {**dict.fromkeys(range(40), 1), **dict.fromkeys(range(40, 50), 2)}
+def with_pid(planned, position):
+    assert planned == tuple(position)
+    return (planned, os.getpid())
 
 
-def test_every_speed_in_as_few_epochs_as_possible():
-    seen = Counter((item.example, item.version) for epoch in range(3) for item in items_of(order(), epoch))
-    assert all(seen[example, version] == 1 for example in range(40) for version in range(3))
-    assert all(seen[example, version] == 2 for example in range(40, 50) for version in range(3))
+START = Position()
 
 
-def test_not_all_at_the_same_speed():
-    versions = Counter(item.version for item in items_of(order(), 0))
-    assert min(versions.values()) > 8
+def taken(loader, steps, start=START):
+    """The batches of each step, and the position after the last."""
+    stream = loader.steps(start)
+    found = list(islice(stream, steps))
+    stream.close()
+    return [[item.batch[0] for item in step.batches] for step in found], found[-1].after
 
 
-def test_a_version_that_does_not_exist_is_never_drawn():
-    lengths = [[10, 0, 12]] * 5
-    partial = BatchOrder(lengths, [1] * 5, 100, seed=0)
-    assert {item.version for epoch in range(6) for item in items_of(partial, epoch)} == {0, 2}
+EPOCH = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 2, 0), (0, 2, 1)]
+SEQUENCE = [(epoch, *place[1:]) for epoch in range(4) for place in EPOCH]
 
 
-def test_a_version_over_the_budget_is_refused_before_any_epoch_draws_it():
-    with pytest.raises(DataError, match="the longest example has 101 tokens, but max_batch_tokens is 100"):
-        BatchOrder([[10, 0, 12], [20, 101, 0]], [1, 1], 100, seed=0)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_the_plans_order_across_windows_and_epochs(workers):
+    steps, after = taken(Loader(Windows(), with_pid, batches_per_step=2, workers=workers), 6)
+    assert [place for step in steps for place in step] == SEQUENCE[:12]
+    assert after == SEQUENCE[12]
 
 
-def test_no_examples_is_an_error_that_says_what_to_check():
-    with pytest.raises(DataError, match=r"check data\.sources"):
-        BatchOrder([], [], 100, seed=0).num_batches(0)
+def test_any_position_is_a_beginning():
+    loader = Loader(Windows(), with_pid, batches_per_step=2)
+    whole, _ = taken(loader, 6)
+    _, after = taken(loader, 3)
+    assert after == (1, 0, 1)
+    assert taken(loader, 3, after)[0] == whole[3:]
 
 
-def test_pure_function_without_state():
-    forward, backward = order(), order()
-    first = [items_of(forward, epoch) for epoch in range(5)]
-    assert first == [items_of(backward, epoch) for epoch in reversed(range(5))][::-1]
-    assert first[0] != [items_of(order(seed=1), 0)]
-    assert first[0] != first[1]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_share_each_step(workers):
+    """Two ranks together compute the very steps that one would; the position after is the same on both."""
+    alone, after = taken(Loader(Windows(), with_pid, batches_per_step=4), 4)
+    shares = [
+        taken(Loader(Windows(), with_pid, batches_per_step=4, rank=rank, world_size=2, workers=workers), 4)
+        for rank in range(2)
+    ]
+    assert [share[1] for share in shares] == [after, after]
+    for step, (even, odd) in zip(alone, zip(shares[0][0], shares[1][0], strict=True), strict=True):
+        assert even == step[::2]
+        assert odd == step[1::2]
 
 
-def test_fingerprints_tell_lists_apart():
-    assert fingerprint(["ab", "c"]) != fingerprint(["a", "bc"])
-    assert fingerprint(["ab", "c"]) == fingerprint(["ab", "c"])
+def test_ranks_that_cannot_share_evenly_are_refused():
+    with pytest.raises(ConfigError, match=r"4 batches per step cannot be dealt to 3 processes.*multiple of 3"):
+        Loader(Windows(), with_pid, batches_per_step=4, world_size=3)
+
+
+def test_workers_are_processes_and_draw_no_random_number_of_the_run():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    stream = Loader(Windows(), with_pid, workers=2).steps(Position())
+    found = [item for step in islice(stream, 6) for item in step.batches]
+    stream.close()
+    assert {item.worker for item in found} == {1, 2}
+    assert os.getpid() not in {item.batch[1] for item in found}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def fails_at_two(planned, position):
+    if planned[2] == 2:
+        raise DataError("row 7 is bad")
+    return planned
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_users_error_comes_as_it_is(workers):
+    stream = Loader(Windows(), fails_at_two, workers=workers).steps(Position())
+    next(stream)
+    next(stream)
+    with pytest.raises(DataError, match=r"^row 7 is bad$"):
+        next(stream)
+
+
+def dies_at_two(planned, position):
+    if planned[2] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return planned
+
+
+def test_a_worker_that_is_killed_for_memory_ends_the_run_with_a_reason():
+    stream = Loader(Windows(), dies_at_two, workers=1).steps(Position())
+    with pytest.raises(DataError, match=r"killed.*data\.loader\.workers"):
+        list(islice(stream, 6))
+
+
+def test_data_without_a_batch_is_an_error_and_no_endless_search():
+    class Empty(Windows):
+        sizes = (0, 0)
+
+    with pytest.raises(DataError, match="no batch"):
+        next(Loader(Empty(), with_pid).steps(Position()))
+
+
+def test_batches_are_made_while_the_step_computes():
+    made = []
+
+    def remember(planned, position):
+        made.append(planned)
+        return planned
+
+    stream = Loader(Windows(), remember, prefetch=2).steps(Position())
+    next(stream)
+    for _ in range(200):
+        if len(made) >= 3:
+            break
+        time.sleep(0.01)
+    stream.close()
+    assert made == SEQUENCE[:3]

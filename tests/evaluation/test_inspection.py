@@ -1,10 +1,14 @@
 """What an inspection finds, each fault planted once."""
 
+import tracemalloc
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from ultravox.audio.waveform import write_waveform
-from ultravox.data.manifest import Clip
+from ultravox.audio.content import NO_AUDIO
+from ultravox.audio.waveform import load_waveform, write_waveform
+from ultravox.data.clip import Clip, RowFault
 from ultravox.evaluation.inspection import FAULTS, Finding, Inspection, inspect_splits, worst_rows
 
 
@@ -56,10 +60,19 @@ def test_each_fault_is_named(clip, tmp_path):
         clip("slow", "hm", 4.0),
         clip("letter", "a", 0.8),
     ]
+    faults = {
+        "train": [
+            RowFault("missing audio", "gone", "line 9: no such file"),
+            RowFault("id twice", "fine", "line 10: again"),
+        ]
+    }
     heldout = [clip("twin3", "hello there", waveform=twin, duration=1.0), clip("copy", "Shared, words!")]
     done = []
-    found = inspect_splits({"train": train, "heldout": heldout}, on_progress=lambda *counts: done.append(counts))
+    splits = {"train": train, "heldout": heldout}
+    found = inspect_splits(splits, faults=faults, on_progress=lambda *counts: done.append(counts))
     assert kinds(found) == [
+        ("unusable", "train", "gone"),
+        ("id twice", "train", "fine"),
         ("unreadable", "train", "broken"),
         ("no text", "train", "mute"),
         ("text in two splits", "heldout", "copy"),
@@ -72,12 +85,48 @@ def test_each_fault_is_named(clip, tmp_path):
         ("slow", "train", "slow"),
     ]
     assert {finding.kind for finding in found.faults} == set(FAULTS)
-    assert found.findings[2].detail == "as fine of train: Shared, words!"
-    assert found.findings[3].detail == "as twin1 of train"
-    assert "2.00 s of audio" in found.findings[5].detail
+    assert found.findings[0].detail == "line 9: no such file"
+    assert found.findings[4].detail == "as fine of train: Shared, words!"
+    assert found.findings[5].detail == "as twin1 of train"
+    assert "2.00 s of audio" in found.findings[7].detail
     assert done == [(index, 13) for index in range(1, 14)]
     assert list(found.counts()) == [kind for kind, _, _ in kinds(found)]
-    assert found.to_json()["findings"][0]["id"] == "broken"
+    assert found.to_json()["findings"][2]["id"] == "broken"
+
+
+def test_hours_are_counted_by_language(clip):
+    clips = [clip("a", seconds=1.0), clip("b", seconds=2.0), clip("c", seconds=0.5)]
+    found = inspect_splits({"train": [replace(clips[0], language="de"), replace(clips[1], language="en"), clips[2]]})
+    assert found.splits[0].languages == {"en": 2.0, "de": 1.0, "not stated": 0.5}
+    assert list(found.splits[0].languages) == ["en", "de", "not stated"], "the most first"
+
+
+def test_each_recording_of_a_conversation_is_heard(clip, tmp_path):
+    turns = ({"role": "user", "content": "<|audio|><|audio|>"}, {"role": "assistant", "content": "Yes."})
+    first, second = clip("a"), clip("b", duration=3.0)
+    talk = replace(first, text="", messages=turns, more_audio=((second.audio, 3.0),))
+    found = inspect_splits({"train": [talk], "test": [clip("c", waveform=load_waveform(second.audio))]})
+    assert kinds(found) == [("audio in two splits", "test", "c"), ("wrong duration", "train", "a")]
+    assert found.splits[0].seconds == 5.0
+
+
+def test_a_text_alone_is_named_and_nothing_is_heard():
+    found = inspect_splits({"train": [Clip("t", NO_AUDIO, "only words", 0.0)]})
+    assert kinds(found) == [("no audio", "train", "t")]
+    assert found.faults == []
+    assert found.splits[0].duration["most"] == 0.0
+
+
+def test_a_three_hour_file_is_refused_from_its_header(tmp_path, write_three_hours):
+    """The digest that finds repeated audio reads it in blocks; nothing of it is decoded or kept."""
+    write_three_hours(tmp_path / "long.wav")
+    tracemalloc.start()
+    found = inspect_splits({"train": [Clip("long", tmp_path / "long.wav", "a few words", 3 * 3600.0)]})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [finding.kind for finding in found.findings] == ["unreadable", "slow"]
+    assert "10800" in found.findings[0].detail
+    assert peak < 8e6, "decoded it would be 690 MB"
 
 
 def test_without_decoding_the_rows_are_believed(clip):

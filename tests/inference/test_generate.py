@@ -6,7 +6,7 @@ import torch
 
 import ultravox
 from ultravox.audio.waveform import write_waveform
-from ultravox.data.prompts import messages_for, render, render_prompt, user_message
+from ultravox.data.prompts import render, render_prompt, user_message
 from ultravox.errors import AudioError, DataError
 from ultravox.inference.api import Ultravox
 from ultravox.inference.generate import Decoding, answer_batch, generate_tokens, stream_answer, stream_text, transcribe
@@ -260,16 +260,3 @@ def test_prompts_supervise_the_answer_and_its_end(tiny_processor):
     said = [token for token, counts in zip(ids, supervised, strict=True) if counts]
     assert tokenizer.decode(said) == "one<|im_end|>two<|im_end|>"
     assert messages[0]["content"] == "<|audio|>Transcribe"
-
-
-def test_prompts_of_tasks(tiny_processor):
-    from pathlib import Path
-
-    from ultravox.data.manifest import Clip
-
-    fields = {"id": "x", "audio": Path("x.flac"), "text": "hello", "duration": 1.0, "speaker": "s", "licence": "CC0"}
-    clip = Clip(**fields, answer="Hi!")
-    assert messages_for(clip, "transcription")[1]["content"] == "hello"
-    assert messages_for(clip, "answer") == [user_message(), {"role": "assistant", "content": "Hi!"}]
-    with pytest.raises(DataError, match="clip x has no answer"):
-        messages_for(Clip(**fields), "answer")

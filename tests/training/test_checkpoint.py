@@ -46,7 +46,7 @@ def train_and_save(folder, steps, *, task=None, optimizer=None, state=None):
             raise Enough
 
     with contextlib.suppress(Enough):
-        run_stage(task, optimizer, settings, state=state, callbacks=[recorder], save=save)
+        run_stage(task, optimizer, settings, task.load, state=state, callbacks=[recorder], save=save)
     return task, recorder.losses
 
 

@@ -45,7 +45,7 @@ def test_training_and_the_processor_agree(tiny_models, llama, make_waveform, enc
     config = config_for(llama, getattr(tiny_models, encoder), tmp_path, tmp_path / "run", **lora).model
     model, processor = build_model(config).eval(), build_processor(config)
     features = Features(model, "float32")
-    assert features.live == live
+    assert features.trains == live
     waveforms = [make_waveform(seconds, seed) + 0.05 * seed for seed, seconds in enumerate(SECONDS)]
     cached = features.encode(waveforms)
     for waveform, rows in zip(waveforms, cached, strict=True):
@@ -76,7 +76,8 @@ def test_a_run_on_clips_over_thirty_seconds(tiny_models, llama, tmp_path, encode
     model, processor = build_model(config.model), build_processor(config.model)
     for example in prepare_speech(config, model, processor).examples:
         waveform = load_waveform(tones / "audio" / f"{example.id[-3:]}.wav")
-        tokens = [num_audio_tokens(frames, 5) for frames in example.window_frames[0]]
+        (frames,) = example.versions[0].frames
+        tokens = [num_audio_tokens(count, 5) for count in frames]
         assert tokens == processor.window_tokens(len(waveform))
     summary = json.loads((tmp_path / "run" / "train.json").read_text())
     assert summary["num_clips"] == 4

@@ -293,8 +293,8 @@ def test_rows_that_are_not_packed_count_their_padding(parts, tmp_path, monkeypat
     tasks, sizes, inner = [], [], TuneTask.loss
 
     def loss(self, batch):
-        pairs = zip(batch.examples, batch.versions, strict=True)
-        longest = max(len(e.input_ids) - 1 + self.audio_tokens(e, version) for e, version in pairs)
+        pairs = zip(batch.input_ids, batch.audio_tokens, strict=True)
+        longest = max(len(ids) - 1 + sum(counts) for ids, counts in pairs)
         sizes.append(longest * len(batch.ids))
         tasks.append(self)
         return inner(self, batch)
@@ -305,7 +305,7 @@ def test_rows_that_are_not_packed_count_their_padding(parts, tmp_path, monkeypat
         config = short_config(parts, tmp_path / dtype, steps=(0, 9), max_batch_tokens=1000).model_dump(mode="json")
         config["model"]["dtype"] = dtype
         run_training(type(short_config(parts, tmp_path)).model_validate(config))
-        assert tasks[-1].budget_counts_padding == counts_padding
+        assert (tasks[-1].plan_mode == "padded") == counts_padding
         assert max(sizes) <= 1000 or not counts_padding
 
 

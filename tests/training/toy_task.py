@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ultravox.audio.augment import generator_for
-from ultravox.data.loader import BatchOrder
+from ultravox.data.loader import Loader
+from ultravox.data.order import Position
+from ultravox.data.plan import plan_batches
 from ultravox.training.optim import Optimizer, ParameterGroup
-from ultravox.training.task import LossOutput, Position
+from ultravox.training.task import LossOutput
+from ultravox.training.trainer import LoopState
 
 
 @dataclass
@@ -17,6 +20,25 @@ class ToyBatch:
     ids: list[str]
     x: Tensor
     y: Tensor
+
+
+class ToyOrder:
+    """One window an epoch, of batches of `budget` examples."""
+
+    def __init__(self, num_examples: int, budget: int) -> None:
+        self.num_examples, self.budget = num_examples, budget
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        return [batch.tolist() for batch in plan_batches([1] * self.num_examples, self.budget, seed=3, epoch=epoch)]
+
+    def num_windows(self, epoch: int) -> int:
+        return 1
+
+    def num_batches(self, epoch: int, window: int) -> int:
+        return len(self._batches(epoch))
+
+    def batch(self, epoch: int, window: int, index: int) -> list[int]:
+        return self._batches(epoch)[index]
 
 
 class ToyTask:
@@ -28,28 +50,33 @@ class ToyTask:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(num_examples, 5, generator=generator)
         self.y = self.x @ torch.randn(5, 2, generator=generator)
-        self.order = BatchOrder([[1]] * num_examples, [1] * num_examples, budget, seed=3)
-        self.noise, self.nan_at, self.num_batch_calls, self.num_evaluations = noise, nan_at, 0, 0
+        self.order = ToyOrder(num_examples, budget)
+        self.noise, self.nan_at, self.num_evaluations = noise, nan_at, 0
         self.seen: list[list[str]] = []
 
-    def num_batches(self, epoch: int) -> int:
-        return self.order.num_batches(epoch)
+    def load(self, state: LoopState, batches_per_step: int = 1):
+        loader = Loader(self.order, self.make_batch, batches_per_step=batches_per_step)
+        return loader.steps(Position(state.epoch, state.window, state.batch))
 
-    def batch(self, position: Position) -> ToyBatch:
-        index = [item.example for item in self.order.batch(position.epoch, position.batch)]
-        generator = generator_for(0, "toy", position.epoch, position.batch)
+    def make_batch(self, index: list[int], position: Position) -> ToyBatch:
+        generator = generator_for(0, "toy", *position)
         noise = self.noise * torch.randn(len(index), 5, generator=generator)
         ids = [f"clip-{i}" for i in index]
-        self.seen.append(ids)
         x = self.x[index] + noise
         if self.nan_at & set(ids):
             x = x * float("nan")
         return ToyBatch(ids, x, self.y[index])
 
     def loss(self, batch: ToyBatch) -> LossOutput:
+        self.seen.append(batch.ids)
         error = (self.model(batch.x) - batch.y).square()
         total = error.sum()
         return LossOutput(total, error.numel(), 0.5 * len(batch.x), 3 * len(batch.x), {"error": total.item()})
+
+    def halves(self, batch: ToyBatch) -> list[ToyBatch]:
+        cut = len(batch.ids) // 2
+        parts = [slice(cut), slice(cut, None)]
+        return [ToyBatch(batch.ids[part], batch.x[part], batch.y[part]) for part in parts]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         first, last = self.model[0], self.model[2]

@@ -9,15 +9,24 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from ultravox.audio.content import AudioContent
 from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.errors import AudioError
 from ultravox.files import atomic_write
 
-__all__ = ["SAMPLE_RATE", "change_speed", "load_speech", "load_waveform", "require_speech", "write_waveform"]
+__all__ = [
+    "SAMPLE_RATE",
+    "audio_seconds",
+    "change_speed",
+    "load_speech",
+    "load_waveform",
+    "require_speech",
+    "write_waveform",
+]
 
 MAX_SECONDS = 600.0
 MIN_SPEECH_SECONDS = 0.1  # no word is shorter, and a model that is asked what was said would invent one
@@ -40,11 +49,13 @@ class _Decoder:
     blocks: Iterator[np.ndarray]
 
 
-def load_waveform(source: str | Path | bytes | BinaryIO, *, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+def load_waveform(
+    source: str | Path | AudioContent | bytes | BinaryIO, *, max_seconds: float = MAX_SECONDS
+) -> np.ndarray:
     """Decode a file, mix it to mono and resample it to 16 kHz.
 
     Args:
-        source: a path, a file's content, or an open binary file.
+        source: a path, a place inside something else, a file's content, or an open binary file.
         max_seconds: longer audio is refused, by its header where it has one.
 
     Returns:
@@ -56,11 +67,6 @@ def load_waveform(source: str | Path | bytes | BinaryIO, *, max_seconds: float =
     name, file, suffix = _open(source)
     with file:
         decoder = _open_decoder(name, file, suffix)
-        if not MIN_SOURCE_RATE <= decoder.rate <= MAX_SOURCE_RATE:
-            raise AudioError(
-                f"{name} declares {decoder.rate} samples per second: expected {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE}; "
-                "its header is damaged, so export it again"
-            )
         declared = decoder.declared_seconds
         if declared is not None and declared > max_seconds:
             raise _too_long(name, declared, max_seconds)
@@ -75,6 +81,27 @@ def load_waveform(source: str | Path | bytes | BinaryIO, *, max_seconds: float =
             "copy or download it again"
         )
     return _resample(np.concatenate(blocks), decoder.rate)
+
+
+def audio_seconds(source: str | Path | AudioContent | BinaryIO, name: str = "the audio data") -> float:
+    """Seconds that the header declares; no sample is decoded.
+
+    Args:
+        source: a path, a place inside something else, or an open file that can be sought in.
+        name: of an open file, in messages.
+
+    Raises:
+        AudioError: missing, empty, truncated or not audio, or the header does not tell.
+    """
+    if hasattr(source, "seek"):
+        file, suffix = cast(BinaryIO, source), ""
+    else:
+        name, file, suffix = _open(cast("str | Path | AudioContent", source))
+    with file:
+        declared = _open_decoder(name, file, suffix).declared_seconds
+    if declared is None:
+        raise AudioError(f"the header of {name} does not tell its length: name its duration in the row")
+    return declared
 
 
 def load_speech(source: str | Path | bytes | BinaryIO) -> np.ndarray:
@@ -124,12 +151,17 @@ def _too_long(name: str, seconds: float, max_seconds: float) -> AudioError:
     )
 
 
-def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, BinaryIO, str]:
+def _open(source: str | Path | AudioContent | bytes | BinaryIO) -> tuple[str, BinaryIO, str]:
     """A name for messages, the open file and the name's suffix; missing and empty ones are refused here."""
     if isinstance(source, bytes):
         if not source:
             raise AudioError(f"the audio data is empty (0 bytes): {FORMATS_HINT}")
         return "the audio data", io.BytesIO(source), ""
+    if isinstance(source, AudioContent) and not isinstance(source, os.PathLike):
+        content = source.read()
+        if not content:
+            raise AudioError(f"{source} is empty (0 bytes): {FORMATS_HINT}")
+        return str(source), io.BytesIO(content), source.suffix.lower()
     if not isinstance(source, str | os.PathLike):
         return _open(source.read())
     path = Path(source)
@@ -148,6 +180,16 @@ def _open(source: str | Path | bytes | BinaryIO) -> tuple[str, BinaryIO, str]:
 
 
 def _open_decoder(name: str, file: BinaryIO, suffix: str) -> _Decoder:
+    decoder = _find_decoder(name, file, suffix)
+    if not MIN_SOURCE_RATE <= decoder.rate <= MAX_SOURCE_RATE:
+        raise AudioError(
+            f"{name} declares {decoder.rate} samples per second: expected {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE}; "
+            "its header is damaged, so export it again"
+        )
+    return decoder
+
+
+def _find_decoder(name: str, file: BinaryIO, suffix: str) -> _Decoder:
     import soundfile
 
     if suffix in RAW_FORMATS:

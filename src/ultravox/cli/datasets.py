@@ -1,6 +1,12 @@
 """Bundled datasets, whole: what the data layer makes, with the answers that a language model gives."""
 
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ultravox.inference.text import TextResponder
 
 REQUESTS = "spoken-requests-en"
 DEFAULT_LANGUAGE_MODEL = "smollm2-135m-instruct"
@@ -35,15 +41,28 @@ def add_own_answers(folder: Path, language_model: str, chat_template: str) -> No
     """Have the language model answer the texts of a dataset, unless these are its answers already."""
     from ultravox.data.synthesize import add_answers
 
-    def answer(texts: list[str]) -> list[str]:
+    add_answers(folder, text_answers(language_model, chat_template), answered_by(language_model, chat_template))
+
+
+def answered_by(language_model: str, chat_template: str) -> str:
+    """The name under which a language model's answers are kept: all that they depend on."""
+    return f"{language_model}, {chat_template}, version {ANSWER_VERSION}"
+
+
+def text_answers(language_model: str, chat_template: str) -> Callable[[Sequence[str]], list[str]]:
+    """Texts to what the language model says to each; it is loaded when the first ones come."""
+
+    @cache
+    def responder() -> "TextResponder":
         from ultravox.inference.text import TextResponder
         from ultravox.model.factory import load_language_model, load_tokenizer
+
+        return TextResponder(load_language_model(language_model), load_tokenizer(language_model, chat_template))
+
+    def answer(texts: Sequence[str]) -> list[str]:
         from ultravox.packages import working
 
         with working(f"{language_model} answers {len(texts)} requests"):
-            responder = TextResponder(
-                load_language_model(language_model), load_tokenizer(language_model, chat_template)
-            )
-            return responder(texts)
+            return responder()(texts)
 
-    add_answers(folder, answer, f"{language_model}, {chat_template}, version {ANSWER_VERSION}")
+    return answer

@@ -28,7 +28,20 @@ COMMANDS = {
     "transcribe": "write down what is said in audio files",
     "chat": "talk with a model over several turns, with recordings in any of them",
     "models": "list the bundled models, or fetch some",
-    "data": "list the bundled datasets, or fetch some",
+    "data": "fetch, look into and prepare training data",
+}
+
+#: Commands that are a group of actions, each with a file of its own in the folder of the command's name.
+ACTIONS = {
+    "data": {
+        "list": "show the bundled datasets",
+        "fetch": "fetch or make bundled datasets",
+        "inspect": "what a dataset holds, and which rows to look at",
+        "prepare": "check a dataset and pack it into Parquet shards to train from",
+        "synthesize": "make a dataset of texts that synthetic voices speak",
+        "audit": "whether each example comes as often as asked, in one order for any number of machines",
+        "cache": "compute, look at or remove the cached features of frozen encoders",
+    },
 }
 
 EXIT_ERROR = 2
@@ -87,8 +100,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(COMMANDS)}"
         return _fail(f"unknown command '{name}'; {hint}")
+    rest = words[1:]
+    if name in ACTIONS:
+        known = ACTIONS[name]
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_group_help(name), end="")
+            return 0 if rest else EXIT_ERROR
+        action, *rest = rest
+        if action not in known:
+            close = difflib.get_close_matches(action, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(known)}"
+            return _fail(f"unknown action '{name} {action}'; {hint}")
+        name = f"{name}.{action}"
     try:
-        return _run(name, words[1:])
+        return _run(name, rest)
     except SystemExit as stop:  # argparse has already said why
         return stop.code if isinstance(stop.code, int) else EXIT_ERROR
     except KeyboardInterrupt:
@@ -118,9 +143,9 @@ def explain(error: BaseException) -> str | None:
 
 
 def build_parser(name: str) -> tuple[argparse.ArgumentParser, ModuleType]:
-    """The parser of one command, with its module; imports that module only."""
+    """The parser of one command ("train", "data.list"), with its module; imports that module only."""
     module = import_module(f"ultravox.cli.{name}")
-    parser = _Parser(f"ultravox {name}", getattr(module, "epilog", None), description=module.HELP)
+    parser = _Parser(f"ultravox {name.replace('.', ' ')}", getattr(module, "epilog", None), description=module.HELP)
     module.add_arguments(parser)
     return parser, module
 
@@ -162,8 +187,6 @@ def split_overrides(words: Sequence[str], parser: argparse.ArgumentParser) -> tu
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ultravox COMMAND …",
@@ -171,12 +194,33 @@ def _help() -> str:
             "Train, evaluate and talk to large language models that hear.",
             "",
             "commands:",
-            *lines,
+            *_columns(COMMANDS),
             "",
             "ultravox COMMAND --help explains one command; ultravox --version prints the version.",
             "",
         ]
     )
+
+
+def _group_help(name: str) -> str:
+    return "\n".join(
+        [
+            f"usage: ultravox {name} ACTION …",
+            "",
+            f"{COMMANDS[name].capitalize()}.",
+            "",
+            "actions:",
+            *_columns(ACTIONS[name]),
+            "",
+            f"ultravox {name} ACTION --help explains one action.",
+            "",
+        ]
+    )
+
+
+def _columns(texts: dict[str, str]) -> list[str]:
+    width = max(map(len, texts)) + 2
+    return [f"  {name:<{width}}{text}" for name, text in texts.items()]
 
 
 def _fail(message: str) -> int:

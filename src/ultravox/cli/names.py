@@ -16,6 +16,17 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
             raise UltravoxError(f"no bundled {kind} is named '{name}'; {hint}")
 
 
+def parse_columns(texts: Iterable[str]) -> dict[str, str]:
+    """Our column → theirs, of options such as "text=sentence". Errors: UltravoxError."""
+    columns = {}
+    for text in texts:
+        ours, equals, theirs = text.partition("=")
+        if not (ours and equals and theirs):
+            raise UltravoxError(f"--columns takes OURS=THEIRS, such as text=sentence; got {text!r}")
+        columns[ours] = theirs
+    return columns
+
+
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns that line up, the last one as long as it likes; plain text, so that it can be piped."""
     table = [tuple(head), *map(tuple, rows)]

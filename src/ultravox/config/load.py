@@ -21,11 +21,11 @@ COMMAND_LINE = "command line"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.2), not a string (YAML 1.1)."""
+    """Safe YAML in which 1e-4 is a number, and on, off, yes and no are words (YAML 1.2; neither is so in 1.1)."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [pair for pair in resolvers if pair[0] not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -34,6 +34,9 @@ _Loader.add_implicit_resolver(
         r"^(?:[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
     ),
     list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
 

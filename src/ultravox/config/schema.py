@@ -4,31 +4,12 @@ The YAML file, the ``--key value`` overrides, ``docs/configuration.md`` and ``ul
 these classes. Classes elsewhere take plain arguments; only the factories and ``cli`` read a configuration.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, le=1)]
-Speed = Annotated[float, Field(ge=0.5, le=2)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """One block of keys: unknown keys, NaN, infinities and yes/no in place of a number are refused."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_values_for_numbers(cls, data: Any) -> Any:
-        # pydantic would read `max_steps: yes` as 1
-        for key, value in data.items() if isinstance(data, dict) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{key} takes no true/false, got {str(value).lower()}")
-        return data
+from ultravox.config.data import AugmentConfig, DataConfig
+from ultravox.config.section import Beta, Name, Rate, Section, Share
 
 
 class LoraConfig(Section):
@@ -90,66 +71,6 @@ class ModelConfig(Section):
         return self
 
 
-class SourceConfig(Section):
-    """One dataset that training draws from."""
-
-    name: Name = Field(description="a bundled dataset, a dataset folder, an audio folder or a .jsonl file")
-    split: Name = Field("train", description="split of that dataset")
-    task: Literal["transcription", "answer"] = Field(
-        "transcription", description="what the model learns to write: the transcript, or the answer to what was said"
-    )
-    repeat: int = Field(1, ge=1, le=1000, description="how often each clip comes in one epoch")
-    max_clips: int | None = Field(None, ge=1, description="use the first so many clips only; null = all")
-    speeds: list[Speed] | None = Field(None, min_length=1, description="instead of data.speeds, for this dataset")
-
-
-class DataConfig(Section):
-    """What the stages train on."""
-
-    sources: list[SourceConfig] = Field(
-        default_factory=lambda: [SourceConfig(name="asterisk-en")], min_length=1, description="datasets to mix"
-    )
-    speeds: list[Speed] = Field(
-        [1.0], min_length=1, description="playing speeds; each is one more cached version of every clip"
-    )
-    transcript_style: Literal["written", "spoken"] = Field(
-        "written",
-        description='what the model learns to write: the text as it stands, or "spoken" = words alone, in lower case',
-    )
-    min_audio_seconds: float = Field(0.1, ge=0, description="shorter clips are left out")
-    max_audio_seconds: float = Field(30.0, gt=0, le=600, description="longer clips are left out")
-    max_quarantine_share: Share = Field(
-        0.01, description="training stops when more than this share of the clips cannot be read"
-    )
-    feature_dtype: Literal["float16", "float32"] = Field(
-        "float16", description="number type of a frozen encoder's features on disk"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        if self.min_audio_seconds >= self.max_audio_seconds:
-            raise ValueError("min_audio_seconds must be less than max_audio_seconds")
-        if len(set(self.speeds)) != len(self.speeds):
-            raise ValueError(f"speeds holds one speed twice: {self.speeds}")
-        keys = [(source.name, source.split, source.task) for source in self.sources]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"sources holds {key[0]!r} (split {key[1]}, task {key[2]}) twice; use repeat instead")
-        return self
-
-
-class AugmentConfig(Section):
-    """Changes to the encoder frames, drawn anew in every epoch; they work on cached features too."""
-
-    time_masks: int = Field(0, ge=0, le=100, description="stretches of time set to zero, per clip")
-    max_time_mask_seconds: float = Field(0.2, ge=0, le=30, description="longest such stretch")
-    channel_masks: int = Field(0, ge=0, le=100, description="bands of feature channels set to zero, per clip")
-    max_channel_mask_share: Share = Field(0.1, description="widest such band, as a share of the channels")
-    noise_std: float = Field(
-        0.0, ge=0, le=10, description="Gaussian noise, in standard deviations of the clip's features"
-    )
-
-
 class LearningRates(Section):
     """Peak learning rate of each part."""
 
@@ -202,9 +123,20 @@ class StageConfig(Section):
         4096,
         ge=1,
         description="budget of one batch: audio positions (align) or all positions (tune); padding counts, except "
-        "where rows are packed: a Llama model tuned in float32 on a CPU",
+        "where rows are packed (see packing)",
     )
     accumulation_steps: int = Field(1, ge=1, le=10_000, description="batches per optimizer step")
+    max_batch_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="also keep a batch's predicted memory, beside what is in use before it, below this; measured anew "
+        "at the start of a run; null = max_batch_tokens alone",
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="tune: several clips in one row, none of which sees another; auto = where it is measured to be "
+        "faster (Llama models in float32 on a CPU), on = with any model whose attention can keep them apart",
+    )
     sources: list[Name] | None = Field(None, min_length=1, description="names of the data.sources to use; null = all")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="augmentation")
@@ -219,6 +151,8 @@ class StageConfig(Section):
         for name, defaults in (("align", AlignOptions()), ("tune", TuneOptions())):
             if self.objective != name and getattr(self, name) != defaults:
                 raise ValueError(f"options under {name!r} have no effect in a stage with objective {self.objective!r}")
+        if self.objective != "tune" and self.packing == "on":
+            raise ValueError(f"packing: on has no effect in a stage with objective {self.objective!r}")
         if self.max_steps and self.optim.warmup_steps > self.max_steps:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds max_steps ({self.max_steps}); lower it too, "
@@ -244,6 +178,7 @@ class LoggingConfig(Section):
     """Where progress goes, beside the terminal and `log.jsonl`."""
 
     tensorboard: bool = Field(True, description="write TensorBoard files, if TensorBoard is installed")
+    samples: bool = Field(False, description="write which example went into which step, for `ultravox data audit RUN`")
 
 
 class RunConfig(Section):
@@ -281,4 +216,15 @@ class RunConfig(Section):
         self.stages = [stage for stage in self.stages if stage.max_steps > 0]
         if not self.stages:
             raise ValueError("every stage has max_steps 0; at least one must train")
+        for stage in self.stages if self.data.streaming else []:
+            if stage.objective != "tune":
+                raise ValueError(
+                    f"stage {stage.name!r}: the objective {stage.objective!r} needs all transcripts before it begins, "
+                    "and a stream is never read as a whole: leave the stage out (max_steps: 0), or set streaming: false"
+                )
+            if stage.max_batch_memory_gb is not None:
+                raise ValueError(
+                    f"stage {stage.name!r}: max_batch_memory_gb needs all lengths before it begins, and a stream is "
+                    "never read as a whole: leave it out, and choose max_batch_tokens"
+                )
         return self

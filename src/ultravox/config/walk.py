@@ -88,6 +88,8 @@ def _as_yaml(value: Any) -> str:
 
 def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     origin = get_origin(annotation)
+    if origin is dict:
+        return " → ".join(map(_type_name, get_args(annotation)))
     if origin is Literal:
         return " or ".join(str(value) for value in get_args(annotation))
     if origin in (Union, types.UnionType):

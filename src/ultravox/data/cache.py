@@ -2,56 +2,42 @@
 
 A frozen encoder gives the same frames for the same clip in every epoch and every run, so they are worth keeping:
 training then reads a slice of a memory-mapped file instead of running the encoder. The folder's name is a hash of all
-that decides the numbers (weights, preprocessing, dtype), an entry's name one of the audio file's bytes and the speed.
-
-Folder, format version 1: ``shard.bin`` (rows of [frame, channel], appended only), ``index.json`` (rows of each entry, a
-CRC-32 of them, and how many samples the clip has), ``lock``. A process killed in the middle leaves rows that no index
-names; the next builder cuts them off.
+that decides the numbers (weights, preprocessing, dtype), an entry's name one of the audio's bytes and the speed.
+`cache_shards` has the files, `cache_folder` what concerns all keys together: locks, the size limit, clearing.
 """
 
-import fcntl
-import hashlib
 import json
+import math
 import os
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from itertools import islice
 
 import numpy as np
 
+from ultravox import __version__
+from ultravox.audio.content import Audio
 from ultravox.audio.waveform import SAMPLE_RATE, change_speed, load_waveform
+from ultravox.data.audio_hashes import AudioHashes
+from ultravox.data.cache_folder import HASHES_FILE, KEY_FILE, building, features_bytes, make_room, read_key_file
+from ultravox.data.cache_reader import CachedFeatures, CacheKey
+from ultravox.data.cache_shards import ENTRY, FORMAT_VERSION, Shard, ShardWriter, find_shards
 from ultravox.data.plan import plan_batches
+from ultravox.data.quarantine import Quarantine, audio_fault
 from ultravox.errors import AudioError, DataError
-from ultravox.files import atomic_write, explain_full_disk, sha256_file, ultravox_home
+from ultravox.files import atomic_write, explain_full_disk
 
-FORMAT_VERSION = 1
+__all__ = ["CacheKey", "CacheReport", "FeatureCache", "FeatureRequest", "SizeCap"]
 
-#: A long build writes its index this often, so that an interrupted one goes on where it was.
-SECONDS_BETWEEN_COMMITS = 30.0
-
-#: Reasons for leaving a clip out that the configuration asks for.
-LENGTH_LIMITS = ("too short", "too long")
+#: Batches that are decoded while the encoder works on one, and threads for it; decoders leave Python's lock.
+BATCHES_AHEAD = 2
+NUM_DECODERS = min(8, os.cpu_count() or 1)
 
 Encode = Callable[[list[np.ndarray]], list[np.ndarray]]
 """Waveforms, each [sample] at 16 kHz, to frames, each [frame, channel]."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheKey:
-    """All that decides the cached numbers, apart from the audio itself."""
-
-    encoder_hash: str
-    preprocessing: str
-    num_channels: int
-    dtype: str = "float16"
-
-    def folder(self) -> Path:
-        text = json.dumps({"format": FORMAT_VERSION, **asdict(self)}, sort_keys=True)
-        return ultravox_home() / "features" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +45,18 @@ class FeatureRequest:
     """One clip at one speed. `seconds` (unstretched, from the manifest) groups clips of like length and sorts out those
     outside the length limits; where it is wrong, the audio itself is found out to be."""
 
-    audio: Path
+    audio: Audio
     seconds: float
     speed: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SizeCap:
+    """How large the folder of all features may become."""
+
+    max_bytes: int
+    frames_per_second: float
+    """That the encoder gives: so it is known beforehand how much room clips will take."""
 
 
 @dataclass(slots=True)
@@ -71,49 +66,25 @@ class CacheReport:
     names: list[str | None]
     num_encoder_calls: int = 0
     num_encoded: int = 0
+    num_bytes: int = 0
+    """Of all features that were asked for, the cached ones included."""
     seconds: float = 0.0
-    quarantined: dict[str, list[str]] = field(default_factory=dict)
-    """Reason → audio files."""
+    wait_seconds: float = 0.0
+    """Of these, how long the encoder waited for decoded audio."""
+    quarantine: Quarantine = field(default_factory=Quarantine)
 
-    def quarantine(self, reason: str, audio: Path) -> None:
-        files = self.quarantined.setdefault(reason, [])
-        if str(audio) not in files:
-            files.append(str(audio))
+    @property
+    def quarantined(self) -> dict[str, list[str]]:
+        """Reason → audio files."""
+        return self.quarantine.reasons
 
     def require(self, max_share: float, num_clips: int) -> None:
-        """Raise a DataError when more than `max_share` of the clips are faulty; the length limits are no fault."""
-        faults = {reason: files for reason, files in self.quarantined.items() if reason not in LENGTH_LIMITS}
-        bad = sorted({file for files in faults.values() for file in files})
-        if len(bad) > max_share * num_clips:
-            reasons = ", ".join(f"{len(files)} {reason}" for reason, files in sorted(faults.items()))
-            raise DataError(
-                f"{len(bad)} of {num_clips} clips cannot be used ({reasons}), more than data.max_quarantine_share = "
-                f"{max_share:g} allows; the first is {bad[0]}: repair or remove them, or raise the share"
-            )
+        """See `Quarantine.require`."""
+        self.quarantine.require(max_share, num_clips)
 
 
-class FeatureCache:
-    """Read and extend one cache folder. Frames come back as views of the memory-mapped file, without a copy."""
-
-    def __init__(self, key: CacheKey, folder: Path | None = None) -> None:
-        self.key = key
-        self.folder = folder or key.folder()
-        self._entries: dict[str, tuple[int, int, int]] = {}
-        self._num_samples: dict[str, int] = {}  # of the clip at its own speed; older indexes do not tell
-        self._rows = np.zeros((0, key.num_channels), dtype=key.dtype)
-        self._good: set[str] = set()
-        self._load()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
-
-    def num_frames(self, name: str) -> int:
-        return self._entries[name][1]
-
-    def frames(self, name: str) -> np.ndarray:
-        """Frames of an entry, [frame, channel], read-only view of the file."""
-        start, count, _ = self._entries[name]
-        return self._rows[start : start + count]
+class FeatureCache(CachedFeatures):
+    """Features of one key that are made where they are missing."""
 
     def build(
         self,
@@ -123,6 +94,7 @@ class FeatureCache:
         min_seconds: float = 0.0,
         max_seconds: float = 600.0,
         max_batch_seconds: float = 60.0,
+        cap: SizeCap | None = None,
         on_progress: Callable[[float, float], None] | None = None,
     ) -> CacheReport:
         """Encode what is missing, in batches of like length, under a lock: a second builder waits, then finds it done.
@@ -132,181 +104,226 @@ class FeatureCache:
             encode: runs the encoder on one batch of waveforms.
             min_seconds, max_seconds: clips outside are quarantined, as are those that cannot be read.
             max_batch_seconds: audio in one batch, padding included.
+            cap: what is least recently used makes room for what is new.
             on_progress: called with the seconds of audio done and in all.
 
         Raises:
-            DataError: the encoder's frames do not fit the key.
+            DataError: the encoder's frames do not fit the key, or what is needed does not fit below the cap.
         """
         begin = time.monotonic()
         report = CacheReport(names=[None] * len(requests))
-        hashes: dict[Path, str | None] = {}
-        for index, request in enumerate(requests):
-            # by its manifest; a wrong one is found out on loading
-            if reason := _outside(request.seconds * SAMPLE_RATE, min_seconds, max_seconds):
-                report.quarantine(reason, request.audio)
-                continue
-            if request.audio not in hashes:
-                hashes[request.audio] = sha256_file(request.audio) if request.audio.is_file() else None
-            if (digest := hashes[request.audio]) is None:
-                report.quarantine("missing", request.audio)
-            else:
-                report.names[index] = f"{digest}@{request.speed:g}"
-        if not all(name is None or self._is_good(name) for name in report.names):
-            with self._lock():
-                self._load()
-                missing = {n: r for n, r in zip(report.names, requests, strict=True) if n and not self._is_good(n)}
-                if missing:
-                    limits = (min_seconds, max_seconds)
-                    self._encode_missing(missing, encode, limits, max_batch_seconds, report, on_progress)
-            report.names = [name if name and name in self else None for name in report.names]
-        for index, name in enumerate(report.names):  # what is cached may have been made with other limits
-            num_samples = self._num_samples.get(name) if name else None
-            if num_samples and (reason := _outside(num_samples, min_seconds, max_seconds)):
-                report.quarantine(reason, requests[index].audio)
-                report.names[index] = None
+        limits = (min_seconds, max_seconds)
+        self._name(requests, limits, report)
+        wanted = {name: request for name, request in zip(report.names, requests, strict=True) if name}
+        if wanted:
+            self._open(make=True)
+            unnamed = read_key_file(self.folder) is None
+            too_large = cap is not None and features_bytes() > cap.max_bytes
+            if unnamed or too_large or not self._is_complete(list(wanted)):
+                encoding = _Encoding(encode, limits, max_batch_seconds, report, on_progress)
+                with building(self.folder):
+                    self._extend(wanted, cap, encoding)
+                self._open()
+        self._judge(requests, limits, report)
         report.seconds = time.monotonic() - begin
         return report
 
-    def _is_good(self, name: str) -> bool:
-        """Whether the entry is there and its rows are what was written (checked once per process)."""
-        if name in self._entries and name not in self._good:
-            if zlib.crc32(np.ascontiguousarray(self.frames(name)).data) == self._entries[name][2]:
-                self._good.add(name)
+    def _name(self, requests: Sequence[FeatureRequest], limits: tuple[float, float], report: CacheReport) -> None:
+        """Give each clip the name of its entry, unless its manifest says that it is too short or too long."""
+        inside = []
+        for index, request in enumerate(requests):
+            if reason := _outside(request.seconds * SAMPLE_RATE, *limits):  # a wrong manifest is found out on loading
+                report.quarantine.add(reason, str(request.audio))
             else:
-                del self._entries[name]
-        return name in self._entries
+                inside.append(index)
+        digests = AudioHashes(self.folder.parent / HASHES_FILE).find(requests[index].audio for index in inside)
+        for index in inside:
+            request = requests[index]
+            if (digest := digests[request.audio]) is None:
+                report.quarantine.add("missing audio", str(request.audio))
+            else:
+                report.names[index] = f"{digest}@{request.speed:g}"
 
-    def _encode_missing(
+    def _judge(self, requests: Sequence[FeatureRequest], limits: tuple[float, float], report: CacheReport) -> None:
+        """Names only for what is there and inside the limits: what is cached may have been made with other ones."""
+        named = [index for index, name in enumerate(report.names) if name]
+        places = self._find([name for name in report.names if name])
+        for index, place in zip(named, places.tolist(), strict=True):
+            if place < 0:
+                report.names[index] = None
+            elif reason := _outside(int(self._entries["samples"][place]), *limits):
+                report.quarantine.add(reason, str(requests[index].audio))
+                report.names[index] = None
+        places = np.unique(places[places >= 0])
+        report.num_bytes = int(self._entries["rows"][places].sum(dtype=np.int64)) * self.key.row_bytes
+        if os.access(self.folder, os.W_OK):
+            for shard in np.unique(self._shard_of[places]):
+                self._open_shards()[shard].touch()
+
+    def _extend(self, wanted: dict[str, FeatureRequest], cap: SizeCap | None, encoding: "_Encoding") -> None:
+        """Make what is missing. The folder's lock must be held."""
+        number = 1 + max((shard.number for shard in find_shards(self.folder)), default=0)
+        self._write_key_file()
+        self._open()  # another builder may have been at work
+        damaged = self._drop_damaged(list(wanted))
+        self._open()
+        missing = {
+            name: r for (name, r), place in zip(wanted.items(), self._find(list(wanted)), strict=True) if place < 0
+        }
+        room = _Room(self, wanted, missing, cap)
+        if cap is not None:
+            room.make()
+            self._open()
+        if not missing:
+            return
+        last = find_shards(self.folder)[-1:]
+        after = last[0] if last and last[0].number not in damaged else None
+        with (
+            explain_full_disk(self.folder),
+            ShardWriter(self.folder, self.key.id, self.shard_bytes, after, number, room.take) as writer,
+        ):
+            for name, frames, num_samples in encoding.run(missing):
+                writer.append(name, self._to_rows(name, frames), num_samples)
+
+    def _drop_damaged(self, names: Sequence[str]) -> set[int]:
+        """Forget the damaged entries of the last shard and of those that hold `names`; returns the numbers of such."""
+        for leftover in self.folder.glob(".*"):  # of a write by one who was killed
+            leftover.unlink(missing_ok=True)
+        for shard in find_shards(self.folder):
+            if shard.entries(self.key.id) is None:
+                shard.remove()
+        places = self._find(names)
+        last = len(self._open_shards()) - 1
+        used = np.union1d(self._shard_of[places[places >= 0]], [last] if last >= 0 else [])
+        damaged = self._find_damaged(used.astype(int).tolist())
+        for shard, whole in damaged:
+            entries = shard.entries(self.key.id)
+            if entries is not None and whole.any():
+                shard.write_entries(self.key.id, entries[whole])
+                shard.set_verified()
+            else:
+                shard.remove()
+        return {shard.number for shard, _ in damaged}
+
+    def _to_rows(self, name: str, frames: np.ndarray) -> np.ndarray:
+        """Frames in the number type of the key; DataError when they do not fit."""
+        if frames.ndim != 2 or frames.shape[1] != self.key.num_channels:
+            raise DataError(f"the encoder gave {frames.shape}, expected [frame, {self.key.num_channels}]")
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(frames, dtype=self.key.dtype)
+        if not np.isfinite(rows).all():
+            hint = "; try data.feature_dtype: float32" if np.isfinite(frames).all() else ""
+            raise DataError(f"features of {name} are not finite in {self.key.dtype}{hint}")
+        return rows
+
+    def _write_key_file(self) -> None:
+        """Say in words what the folder holds, for `ultravox data cache info`. The folder's lock must be held."""
+        said = {"version": FORMAT_VERSION, "encoder": self.encoder, "key": asdict(self.key)}
+        content = json.dumps({**said, "made_by": f"ultravox {__version__}"}, indent=2)
+        atomic_write(self.folder / KEY_FILE, content + "\n")
+
+
+class _Room:
+    """Sees to it that a build stays below the cap: beforehand by the clips' lengths, then by what is written."""
+
+    def __init__(
         self,
-        missing: dict[str, FeatureRequest],
-        encode: Encode,
-        limits: tuple[float, float],
-        max_batch_seconds: float,
-        report: CacheReport,
-        on_progress: Callable[[float, float], None] | None,
+        cache: FeatureCache,
+        wanted: Mapping[str, FeatureRequest],
+        missing: Mapping[str, FeatureRequest],
+        cap: SizeCap | None,
     ) -> None:
-        names = list(missing)
-        seconds = np.array([missing[name].seconds / missing[name].speed for name in names])
+        self.cache, self.cap = cache, cap
+        self.left = 0
+        """Bytes that there is room for."""
+        if cap is None:
+            return
+        places = cache._find([name for name in wanted if name not in missing])
+        self.keep = {cache._open_shards()[index].number for index in np.unique(cache._shard_of[places]).tolist()}
+        seconds = math.fsum(request.seconds / request.speed for request in missing.values())
+        self.expected = len(missing) * ENTRY.itemsize + math.ceil(seconds * cap.frames_per_second) * cache.key.row_bytes
+        needed = self.expected + int(cache._entries["rows"][places].sum(dtype=np.int64)) * cache.key.row_bytes
+        if needed > cap.max_bytes:
+            raise DataError(
+                f"the features of this run take about {needed / 1e9:.3g} GB, more than data.max_cache_gb = "
+                f"{cap.max_bytes / 1e9:g}: raise it (null = no limit), use fewer clips or speeds, or set data.cache "
+                "to none"
+            )
+
+    def make(self) -> None:
+        """Before the build: room for all that is missing."""
+        if self.cap is not None and self.cache.held is not None:
+            make_room(self.cap.max_bytes, self.expected, self.cache.folder, self.cache.held, self.keep)
+            self.left = self.expected
+
+    def take(self, num_bytes: int, shard: Shard) -> None:
+        """Before each entry: the clips may be longer than was said, and then more has to go."""
+        if self.cap is None or self.cache.held is None:
+            return
+        self.keep.add(shard.number)
+        if num_bytes > self.left:
+            more = max(num_bytes, self.expected // 10)
+            make_room(self.cap.max_bytes, more, self.cache.folder, self.cache.held, self.keep)
+            self.left = more
+        self.left -= num_bytes
+
+
+@dataclass(slots=True)
+class _Encoding:
+    """Decodes and encodes clips in batches of like length. Decoding runs ahead in threads: the encoder is to be fed."""
+
+    encode: Encode
+    limits: tuple[float, float]
+    max_batch_seconds: float
+    report: CacheReport
+    on_progress: Callable[[float, float], None] | None
+
+    def run(self, requests: dict[str, FeatureRequest]) -> Iterator[tuple[str, np.ndarray, int]]:
+        """Name, frames [frame, channel] and samples at speed 1 of each clip that can be used."""
+        names = list(requests)
+        seconds = np.array([request.seconds / request.speed for request in requests.values()])
         milliseconds = np.maximum(1, seconds * 1000).astype(np.int64)
-        budget = max(int(max_batch_seconds * 1000), int(milliseconds.max()))
-        batches = [[names[i] for i in batch] for batch in plan_batches(milliseconds, budget, seed=0, epoch=0)]
-
-        def load(batch: list[str]) -> list[tuple[str, tuple[np.ndarray, int] | AudioError]]:
-            return [(name, _load(missing[name], *limits)) for name in batch]
-
+        budget = max(int(self.max_batch_seconds * 1000), int(milliseconds.max()))
+        batches = plan_batches(milliseconds, budget, seed=0, epoch=0)
         done, total = 0.0, float(seconds.sum())
-        length = dict(zip(names, seconds.tolist(), strict=True))
-        with self._appending() as append, ThreadPoolExecutor(1) as pool:
-            upcoming = pool.submit(load, batches[0])
-            for index, batch in enumerate(batches):
-                loaded = upcoming.result()
-                if index + 1 < len(batches):
-                    upcoming = pool.submit(load, batches[index + 1])
-                for name, found in loaded:
-                    if isinstance(found, AudioError):
-                        report.quarantine(_reason(found, missing[name].audio), missing[name].audio)
-                usable = [(name, *found) for name, found in loaded if not isinstance(found, AudioError)]
-                if usable:
-                    frames = encode([waveform for _, waveform, _ in usable])
-                    report.num_encoder_calls += 1
-                    for (name, _, num_samples), rows in zip(usable, frames, strict=True):
-                        append(name, rows, num_samples)
-                        report.num_encoded += 1
-                done += sum(length[name] for name in batch)
-                if on_progress:
-                    on_progress(done, total)
+        for batch, loaded in self._decode(batches, [requests[name] for name in names]):
+            usable = []
+            for index, found in zip(batch, loaded, strict=True):
+                audio = requests[names[index]].audio
+                if isinstance(found, AudioError):
+                    self.report.quarantine.add(audio_fault(found, audio), str(audio))
+                else:
+                    usable.append((names[index], *found))
+            if usable:
+                frames = self.encode([waveform for _, waveform, _ in usable])
+                self.report.num_encoder_calls += 1
+                for (name, _, num_samples), clip_frames in zip(usable, frames, strict=True):
+                    yield name, clip_frames, num_samples
+                    self.report.num_encoded += 1
+            done += float(seconds[batch].sum())
+            if self.on_progress:
+                self.on_progress(done, total)
 
-    @contextmanager
-    def _appending(self) -> Iterator[Callable[[str, np.ndarray, int], None]]:
-        """Append rows behind those that the index names; the index follows, so it names only rows that are there.
-
-        On an error, such as a full disk, the rows that no index names are cut off again.
-        """
-        num_rows = num_indexed = len(self._rows)
-        last_commit = time.monotonic()
-        row_bytes = self.key.num_channels * np.dtype(self.key.dtype).itemsize
-        shard = self.folder / "shard.bin"
-
-        def cut_off(error: type[BaseException] | None, *_: object) -> None:
-            if error is not None and shard.is_file():
-                os.truncate(shard, num_indexed * row_bytes)
-                self._load()
-
-        with explain_full_disk(shard), ExitStack() as stack:
-            stack.push(cut_off)
-            file = stack.enter_context(open(shard, "ab"))
-            file.truncate(num_rows * row_bytes)
-
-            def append(name: str, frames: np.ndarray, num_samples: int) -> None:
-                nonlocal num_rows, num_indexed, last_commit
-                if frames.ndim != 2 or frames.shape[1] != self.key.num_channels:
-                    raise DataError(f"the encoder gave {frames.shape}, expected [frame, {self.key.num_channels}]")
-                with np.errstate(over="ignore"):
-                    rows = np.ascontiguousarray(frames, dtype=self.key.dtype)
-                if not np.isfinite(rows).all():
-                    hint = "; try data.feature_dtype: float32" if np.isfinite(frames).all() else ""
-                    raise DataError(f"features of {name} are not finite in {self.key.dtype}{hint}")
-                file.write(rows.data)
-                self._entries[name] = (num_rows, len(rows), zlib.crc32(rows.data))
-                self._num_samples[name] = num_samples
-                self._good.add(name)
-                num_rows += len(rows)
-                if time.monotonic() - last_commit > SECONDS_BETWEEN_COMMITS:
-                    file.flush()
-                    self._write_index(num_rows)
-                    num_indexed, last_commit = num_rows, time.monotonic()
-
-            yield append
-            file.flush()
-            self._write_index(num_rows)
-        self._load()
-
-    def _write_index(self, num_rows: int) -> None:
-        index = {"version": FORMAT_VERSION, "key": asdict(self.key), "num_rows": num_rows, "entries": self._entries}
-        samples = [self._num_samples.get(name) for name in self._entries]
-        atomic_write(self.folder / "index.json", json.dumps({**index, "num_samples": samples}))
-
-    def _load(self) -> None:
-        """Read the index and map the rows; entries beyond the file's end (a truncated copy) are forgotten."""
-        shard, index = self.folder / "shard.bin", self.folder / "index.json"
-        self._entries, self._num_samples, num_rows = {}, {}, 0
-        try:
-            content = json.loads(index.read_bytes())
-            if content["version"] == FORMAT_VERSION and content["key"] == asdict(self.key):
-                self._entries = {name: tuple(entry) for name, entry in content["entries"].items()}
-                samples = zip(self._entries, content.get("num_samples", []), strict=False)
-                self._num_samples = {name: count for name, count in samples if count is not None}
-                num_rows = int(content["num_rows"])
-        except (OSError, ValueError, KeyError, TypeError):
-            self._entries = {}  # nothing there yet, or damaged: it is a cache, so build it again
-        row_bytes = self.key.num_channels * np.dtype(self.key.dtype).itemsize
-        there = shard.stat().st_size // row_bytes if shard.is_file() else 0
-        num_rows = min(num_rows, there)
-        self._entries = {name: entry for name, entry in self._entries.items() if entry[0] + entry[1] <= num_rows}
-        self._good &= set(self._entries)
-        shape = (num_rows, self.key.num_channels)
-        self._rows = np.memmap(shard, self.key.dtype, "r", shape=shape) if num_rows else np.zeros(shape, self.key.dtype)
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
-def _reason(error: AudioError, audio: Path) -> str:
-    """The kind of fault in a few words, to count by."""
-    message = str(error).replace(str(audio), "")
-    kinds = {
-        "is too short": "too short",
-        "no audio samples": "without samples",
-        "not numbers": "with NaN or infinite samples",
-        "truncated": "damaged or truncated",
-        "0 bytes": "empty",
-        " s or more: at most": "too long",
-    }
-    return next((kind for phrase, kind in kinds.items() if phrase in message), "not readable as audio")
+    def _decode(
+        self, batches: list[np.ndarray], requests: list[FeatureRequest]
+    ) -> Iterator[tuple[np.ndarray, list[tuple[np.ndarray, int] | AudioError]]]:
+        """Waveforms of each batch in turn, with `BATCHES_AHEAD` more on their way."""
+        with ThreadPoolExecutor(NUM_DECODERS) as pool:
+            coming: deque[tuple[np.ndarray, list[Future]]] = deque()
+            ahead = iter(batches)
+            try:
+                while True:
+                    for batch in islice(ahead, 1 + BATCHES_AHEAD - len(coming)):
+                        coming.append((batch, [pool.submit(_load, requests[index], *self.limits) for index in batch]))
+                    if not coming:
+                        return
+                    batch, futures = coming.popleft()
+                    begin = time.monotonic()
+                    loaded = [future.result() for future in futures]
+                    self.report.wait_seconds += time.monotonic() - begin
+                    yield batch, loaded
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def _outside(num_samples: float, min_seconds: float, max_seconds: float) -> str | None:

@@ -1,83 +1,200 @@
-"""Which example, at which speed, is in which batch of which epoch: the endless order of the data, without any state."""
+"""From the plan to the step: batches are made ahead, by worker processes or by a thread, in the plan's order.
 
-import hashlib
-from collections.abc import Sequence
+The sequence of micro-batches is one for the whole run. A step takes the next few of it, and each rank makes its share
+of them, so neither the number of ranks nor that of workers changes which example is in which step. All the state there
+is: the position of the next step, three integers.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
+from ultravox.data.order import Position, rank_slice
+from ultravox.errors import DataError, UltravoxError
 
-from ultravox.data.plan import plan_batches, require_budget
+JOBS_AHEAD = 64
+
+T = TypeVar("T")
+
+
+class Order(Protocol):
+    """What a loader asks of a plan, in its order. `DataOrder` is one, `StreamOrder` another."""
+
+    def num_windows(self, epoch: int) -> int: ...
+
+    def num_batches(self, epoch: int, window: int) -> int: ...
+
+    def batch(self, epoch: int, window: int, index: int) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
-class BatchItem:
-    """One example at one of its versions (speeds)."""
+class Loaded:
+    """One micro-batch, and how it came."""
 
-    example: int
-    version: int
+    batch: Any
+    position: Position
+    index: int
+    """Among the micro-batches of its step, over all ranks."""
+    after: Position
+    """Where the next step begins."""
+    worker: int
+    """The process that made it; 0 = none but the step's own."""
 
 
-class BatchOrder:
-    """The batches of every epoch, as a pure function of its arguments.
+@dataclass(frozen=True, slots=True)
+class LoadedStep:
+    """What one rank computes in one step."""
 
-    In each epoch every example comes `repeats` times, each time in the next of its versions: an example meets all its
-    speeds in as few epochs as possible, and examples are out of step with one another.
-    """
+    batches: list[Loaded]
+    after: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One micro-batch to make."""
+
+    planned: Any
+    position: Position
+    index: int
+    after: Position
+
+
+class Loader:
+    """Batches of one rank, step by step, from any position."""
 
     def __init__(
         self,
-        lengths: Sequence[Sequence[int]] | np.ndarray,
-        repeats: Sequence[int],
-        max_batch_tokens: int,
-        seed: int,
+        order: Order,
+        make: Callable[[Any, Position], Any],
         *,
-        count_padding: bool = True,
+        batches_per_step: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         """Args:
-        lengths: tokens of each version of each example, [example, version]; 0 = that version does not exist.
-        repeats: how often each example comes in one epoch, [example].
-        max_batch_tokens: budget of a batch.
-        seed: of the run.
-        count_padding: whether padding counts in the budget.
+        order: the plan.
+        make: planned batch and its position → what the step gets; a pure function of them, so that resuming repeats it.
+        batches_per_step: micro-batches of one step, over all ranks.
+        rank, world_size: whose share.
+        workers: processes that make batches; 0 = a thread of this process.
+        prefetch: batches made ahead, by each worker.
+        pin_memory: whether tensors go to pinned memory, from where they travel faster to a GPU.
 
         Raises:
-            DataError: a version is longer than the budget; found out here, not in the epoch that draws it.
+            ConfigError: the ranks cannot share a step evenly.
         """
-        self._lengths = np.asarray(lengths, dtype=np.int64).reshape(len(repeats), -1 if len(repeats) else 0)
-        require_budget(int(self._lengths.max(initial=0)), max_batch_tokens)
-        self._exists = [np.flatnonzero(row > 0) for row in self._lengths]
-        self._examples = np.repeat(np.arange(len(repeats)), repeats)
-        self._copies = np.concatenate([np.arange(count) for count in repeats]) if len(repeats) else np.zeros(0, int)
-        self._repeats = np.asarray(repeats)
-        self._offsets = np.random.default_rng([seed, 0x5EED]).integers(0, 1 << 30, len(repeats))
-        self._budget, self._seed, self._count_padding = max_batch_tokens, seed, count_padding
-        self._plans: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
+        self.mine = rank_slice(0, batches_per_step, rank, world_size)
+        """Which micro-batches of each step are this rank's."""
+        self.order, self.make = order, make
+        self.batches_per_step = batches_per_step
+        self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
 
-    def _plan(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        if epoch not in self._plans:
-            turn = self._offsets[self._examples] + epoch * self._repeats[self._examples] + self._copies
-            choices = (self._exists[example] for example in self._examples)
-            versions = np.array([found[i % len(found)] for found, i in zip(choices, turn, strict=True)], dtype=np.int64)
-            lengths = self._lengths[self._examples, versions]
-            self._plans = {e: p for e, p in self._plans.items() if e == epoch - 1}  # the last two are enough
-            batches = plan_batches(lengths, self._budget, self._seed, epoch, count_padding=self._count_padding)
-            self._plans[epoch] = (versions, batches)
-        return self._plans[epoch]
+    def steps(self, start: Position) -> Iterator[LoadedStep]:
+        """The endless steps from a position on. Close the iterator to end its threads and workers."""
+        jobs = self._jobs(start)
+        with ExitStack() as stack:
+            if self.workers:
+                # Ahead of the workers too: to plan the next window takes seconds where the corpus is large.
+                made = self._by_workers(stack.enter_context(closing(_ahead(jobs, JOBS_AHEAD))))
+            else:
+                made = _ahead(map(_Making(self.make), jobs), self.prefetch)
+            stack.enter_context(closing(made))
+            while True:
+                batches = [_checked(next(made)) for _ in self.mine]
+                yield LoadedStep(batches, batches[-1].after)
 
-    def num_batches(self, epoch: int) -> int:
-        """Batches in an epoch."""
-        return len(self._plan(epoch)[1])
+    def _jobs(self, start: Position) -> Iterator[Job]:
+        """This rank's share. The plan is made here, once, and not by each worker; it is never asked to go back."""
+        positions = self._sequence(start)
+        upcoming = next(positions)
+        while True:
+            step = []
+            for index in range(self.batches_per_step):
+                if index in self.mine:
+                    step.append((self.order.batch(*upcoming), upcoming, index))
+                upcoming = next(positions)
+            for planned, position, index in step:
+                yield Job(planned, position, index, upcoming)
 
-    def batch(self, epoch: int, index: int) -> list[BatchItem]:
-        """The items of one batch."""
-        versions, batches = self._plan(epoch)
-        return [BatchItem(int(self._examples[item]), int(versions[item])) for item in batches[index]]
+    def _sequence(self, start: Position) -> Iterator[Position]:
+        """Every position from one on; an epoch without a batch is an error, or the search would have no end."""
+        epoch, window, batch = start
+        while True:
+            found = (window, batch) != (0, 0)
+            for w in range(window, self.order.num_windows(epoch)):
+                for b in range(batch, self.order.num_batches(epoch, w)):
+                    yield Position(epoch, w, b)
+                    found = True
+                batch = 0
+            if not found:
+                raise DataError(f"epoch {epoch} of the data has no batch: check data.sources")
+            epoch, window, batch = epoch + 1, 0, 0
+
+    def _by_workers(self, jobs: Iterator[Job]) -> "Generator[Loaded | UltravoxError]":
+        import torch
+        from torch.utils.data import DataLoader
+
+        loader: DataLoader[Any] = DataLoader(
+            _Making(self.make),  # type: ignore[arg-type]
+            sampler=jobs,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # else it draws from the run's own random numbers
+        )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a process that makes batches was killed ({error}): if the machine has run out of memory, "
+                "lower data.loader.workers or data.loader.prefetch"
+            ) from error
 
 
-def fingerprint(parts: Sequence[str]) -> str:
-    """Hex SHA-256 of a list of strings: two lists with one fingerprint are the same list."""
-    digest = hashlib.sha256()
-    for part in parts:
-        encoded = part.encode()
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.hexdigest()
+def _checked(loaded: "Loaded | UltravoxError") -> Loaded:
+    if isinstance(loaded, UltravoxError):
+        raise loaded
+    return loaded
+
+
+def _ahead(items: Iterator[T], count: int) -> Generator[T]:
+    """The same items, made up to `count` ahead by a thread."""
+    pool = ThreadPoolExecutor(1, "batches")
+    try:
+        ahead: deque[Future[T]] = deque(pool.submit(next, items) for _ in range(count))
+        while True:
+            ready = ahead.popleft().result()
+            ahead.append(pool.submit(next, items))
+            yield ready
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Making:
+    """The plan's jobs made into batches: a function for the thread, a dataset for PyTorch's workers."""
+
+    def __init__(self, make: Callable[[Any, Position], Any]) -> None:
+        self.make = make
+
+    def __call__(self, job: Job) -> "Loaded | UltravoxError":
+        """The batch; or the user's error as it is, where PyTorch would wrap it into a traceback."""
+        from torch.utils.data import get_worker_info
+
+        info = get_worker_info()
+        worker = 0 if info is None else 1 + info.id
+        try:
+            batch = self.make(job.planned, job.position)
+        except UltravoxError as error:
+            return error
+        return Loaded(batch, job.position, job.index, job.after, worker)
+
+    __getitem__ = __call__

@@ -1,34 +1,27 @@
 """Clips and the folders they lie in: ``dataset.json``, one JSON-lines file per split, and ``audio/``.
 
-A row is ``{"id", "audio", "text", "duration", "speaker", "licence", "answer"}``; ``audio`` is relative to the folder of
-the file, ``duration`` is in seconds, ``answer`` (optional) is what the language model itself answers to the text.
+A row is ``{"id", "audio", "text", "duration", "speaker", "licence", "language", "answer"}``; ``audio`` is relative to
+the folder of the file, ``duration`` is in seconds, ``answer`` (optional) is what the language model itself answers to
+the text. A row of a conversation has a list of files in ``audio``, and ``messages`` with a placeholder for each.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from ultravox.data.clip import Clip, RowFault, RowReader, file_below
+from ultravox.data.columns import Columns
 from ultravox.errors import DataError
 from ultravox.files import atomic_write, sha256_file, ultravox_home
 
+__all__ = ["Clip", "dataset_folder", "is_whole", "read_dataset", "read_rows", "split_file", "write_dataset"]
+
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MANIFEST_SUFFIXES = (".jsonl", ".json")
 BUNDLED_DATASETS = ("asterisk-en", "synthetic-en", "spoken-requests-en")
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """One recording and what is said in it. ``audio`` is absolute, ``duration`` in seconds."""
-
-    id: str
-    audio: Path
-    text: str
-    duration: float
-    speaker: str = ""
-    licence: str = ""
-    answer: str | None = None
 
 
 def dataset_folder(source: str | Path) -> Path:
@@ -60,31 +53,30 @@ def read_dataset(source: str | Path) -> dict[str, Any]:
     return info
 
 
-def load_split(source: str | Path, split: str) -> list[Clip]:
-    """The clips of one split of a bundled dataset or of a dataset folder. Errors (DataError) name the file and line."""
+def split_file(source: str | Path, split: str) -> Path:
+    """The rows' file of one split of a bundled dataset or of a dataset folder, which is the one that it should be."""
     folder, info = dataset_folder(source), read_dataset(source)
     if split not in info["splits"]:
         raise DataError(f"dataset {folder} has no split {split!r}: it has {', '.join(info['splits']) or 'none'}")
     entry = info["splits"][split]
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         raise DataError(f"{folder / DATASET_FILE}: split {split!r} names no file")
-    clips = read_rows(folder / entry["file"])
-    if (digest := entry.get("sha256")) and sha256_file(folder / entry["file"]) != digest:
+    path = folder / entry["file"]
+    if (digest := entry.get("sha256")) and path.is_file() and sha256_file(path) != digest:
         raise DataError(
-            f"{folder / entry['file']} is not the file that {DATASET_FILE} was written for (its SHA-256 differs): "
+            f"{path} is not the file that {DATASET_FILE} was written for (its SHA-256 differs): "
             "fetch the dataset again, or name the .jsonl file itself"
         )
-    return clips
+    return path
 
 
 def is_whole(folder: str | Path) -> bool:
     """Whether a dataset folder is there and every split of it can be loaded; if not, it is worth making again."""
     try:
-        for split in read_dataset(folder)["splits"]:
-            load_split(folder, split)
+        found = [clip for split in read_dataset(folder)["splits"] for _, clip in read_rows(split_file(folder, split))]
     except DataError:
         return False
-    return True
+    return not any(isinstance(clip, RowFault) for clip in found)
 
 
 def write_dataset(
@@ -116,6 +108,7 @@ def write_dataset(
 
 
 def _row(clip: Clip, folder: Path) -> dict[str, Any]:
+    assert isinstance(clip.audio, Path)
     row = {
         "id": clip.id,
         "audio": clip.audio.relative_to(folder).as_posix(),
@@ -124,42 +117,54 @@ def _row(clip: Clip, folder: Path) -> dict[str, Any]:
         "speaker": clip.speaker,
         "licence": clip.licence,
     }
-    return row if clip.answer is None else {**row, "answer": clip.answer}
+    optional = {"language": clip.language or None, "answer": clip.answer}
+    row |= {key: value for key, value in optional.items() if value is not None}
+    return row | {key: value for key, value in clip.columns.items() if key not in row}
 
 
-def read_rows(path: Path) -> list[Clip]:
-    """The clips of a manifest: one JSON object a line, in our keys or in those of NeMo's manifests."""
-    rows = ((place, _our_keys(row_of(line, place), place)) for place, line in read_lines(path))
-    return collect(path, ((place, clip_of(row, path, place)) for place, row in rows))
+def read_rows(
+    path: Path, columns: Columns | None = None, *, needs_audio: bool = True, licence: str = ""
+) -> Iterator[tuple[str, Clip | RowFault]]:
+    """Place and clip of each row of a manifest: one JSON object a line, in our keys or in those of NeMo's manifests."""
+    reader = RowReader(columns or Columns(), file_below(path.parent), needs_audio, licence)
+    return read_table(reader, ((place, row_of(line, place)) for place, line in read_lines(path)), path)
 
 
-def read_content(path: Path) -> bytes:
-    """A manifest's bytes without a byte order mark, or a DataError."""
-    try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise DataError(f"cannot read the manifest {path}: {error.strerror}") from error
+def read_table(
+    reader: RowReader, rows: Iterable[tuple[str, dict[str, Any]]], path: Path
+) -> Iterator[tuple[str, Clip | RowFault]]:
+    """Place and clip of each row of a file. A row that only names its audio goes by that name."""
+    row: dict[str, Any] = {}
+    for index, (place, row) in enumerate(rows):
+        if index == 0:
+            reader.columns.require_essential(row, place)
+        name = row.get("audio_filepath") or row.get("file_name")
+        if name is not None and row.get("offset"):
+            name = f"{name}@{row['offset']}"  # the parts of one recording are so many rows
+        try:
+            yield place, reader.clip(row, place, name)
+        except RowFault as fault:
+            yield place, fault
+    if row:
+        reader.columns.require_seen(str(path), row)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Place ("file, line 3") and content of each line that is not blank."""
-    for number, line in enumerate(read_content(path).split(b"\n"), start=1):
-        if line.strip():
-            yield f"{path}, line {number}", line
+    """Place ("file, line 3") and content of each line that is not blank, without a byte order mark."""
+    with open_rows(path) as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            if line.strip():
+                yield f"{path}, line {number}", line
 
 
-def collect(path: Path, clips: Iterable[tuple[str, Clip]]) -> list[Clip]:
-    """The clips of a file's places. DataError when two have one id, or there are none."""
-    found: list[Clip] = []
-    places: dict[str, str] = {}
-    for place, clip in clips:
-        if clip.id in places:
-            raise DataError(f"{place}: id {clip.id!r} is already used in {places[clip.id].rpartition(', ')[2]}")
-        places[clip.id] = place
-        found.append(clip)
-    if not found:
-        raise DataError(f"{path} holds no clips")
-    return found
+def open_rows(path: Path) -> BinaryIO:
+    """A file of rows, open, or a DataError."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot read the manifest {path}: {error.strerror}") from error
 
 
 def row_of(line: bytes, place: str) -> dict[str, Any]:
@@ -173,46 +178,3 @@ def row_of(line: bytes, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}")
     return row
-
-
-def _our_keys(row: dict[str, Any], place: str) -> dict[str, Any]:
-    """A row of a NeMo manifest (``audio_filepath``, ``text``, ``duration``) in our keys; any other row as it is."""
-    if "audio_filepath" not in row or "audio" in row:
-        return row
-    if row.get("offset"):
-        raise DataError(f"{place}: 'offset' is {row['offset']!r}, but only whole files can be read: cut the clip out")
-    return {"id": row["audio_filepath"], **row, "audio": row["audio_filepath"]}
-
-
-def clip_of(row: Mapping[str, Any], path: Path, place: str) -> Clip:
-    """The clip of a row of a file at `path`, whose audio is relative to it. DataError with `place`."""
-    for key in ("id", "audio", "text"):
-        if key not in row:
-            raise DataError(f"{place}: the key {key!r} is missing")
-    for key in ("id", "audio", "text", "speaker", "licence", "answer"):
-        if key in row and not isinstance(row[key], str) and not (key == "answer" and row[key] is None):
-            raise DataError(f"{place}: {key!r} must be a string, got {row[key]!r}")
-    audio = (path.absolute().parent / row["audio"]).resolve()
-    if not audio.is_file():
-        raise DataError(f"{place}: the audio file {audio} does not exist")
-    duration = row["duration"] if "duration" in row else _duration(audio, place)
-    if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration < float("inf"):
-        raise DataError(f"{place}: 'duration' must be a number of seconds above 0, got {duration!r}")
-    return Clip(
-        row["id"],
-        audio,
-        row["text"],
-        float(duration),
-        row.get("speaker", ""),
-        row.get("licence", ""),
-        row.get("answer"),
-    )
-
-
-def _duration(audio: Path, place: str) -> float:
-    import soundfile
-
-    try:
-        return float(soundfile.info(audio).duration)
-    except soundfile.SoundFileError as error:
-        raise DataError(f"{place}: no 'duration', and the header of {audio} does not tell it; add the key") from error

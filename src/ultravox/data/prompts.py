@@ -1,38 +1,21 @@
 """The conversations that training and inference share, so that a model meets the prompts that it was trained on."""
 
-from typing import Any, Literal
+import re
+from functools import lru_cache
+from typing import Any
 
-from ultravox.data.manifest import Clip
 from ultravox.errors import DataError
 from ultravox.tokens import AUDIO_TOKEN
 
 TRANSCRIBE_PROMPT = "Transcribe"
 
 Message = dict[str, str]
-Task = Literal["transcription", "answer"]
 
 
 def user_message(text: str = "", num_clips: int = 1) -> Message:
     """A user's turn: its clips first, then its text, as vLLM orders them too. Placeholders in `text` count as clips."""
     missing = max(0, num_clips - text.count(AUDIO_TOKEN))
     return {"role": "user", "content": AUDIO_TOKEN * missing + text}
-
-
-def messages_for(clip: Clip, task: Task) -> list[Message]:
-    """One training dialogue.
-
-    Args:
-        clip: with an `answer` for the task "answer".
-        task: "transcription" = write down what is said; "answer" = reply to it.
-
-    Raises:
-        DataError: the clip has no answer.
-    """
-    if task == "transcription":
-        return [user_message(TRANSCRIBE_PROMPT), {"role": "assistant", "content": clip.text}]
-    if not clip.answer:
-        raise DataError(f"clip {clip.id} has no answer: give it one, or use the task 'transcription'")
-    return [user_message(), {"role": "assistant", "content": clip.answer}]
 
 
 def render_prompt(tokenizer: Any, messages: list[Message]) -> str:
@@ -43,13 +26,96 @@ def render_prompt(tokenizer: Any, messages: list[Message]) -> str:
 def render(tokenizer: Any, messages: list[Message]) -> tuple[list[int], list[bool]]:
     """Token ids of a dialogue, and where the assistant speaks: its words and its end token, in each of its turns.
 
-    Each stretch is tokenised by itself, as it is in inference: the prompt's last letters never merge with the answer's
-    first ones.
+    Raises:
+        DataError: a chat template that rewrites earlier turns, or a dialogue without an assistant.
+    """
+    return encode_stretches(tokenizer, stretches(tokenizer, messages))
+
+
+Stretch = tuple[str, bool]
+
+
+def encode_stretches(tokenizer: Any, dialogue: list[Stretch]) -> tuple[list[int], list[bool]]:
+    """`render`, from the texts of `stretches`."""
+    ids: list[int] = []
+    supervised: list[bool] = []
+    for text, is_answer in dialogue:
+        tokens = encode_all(tokenizer, [text])[0] if is_answer else prompt_tokens(tokenizer, len(tokenizer), text)
+        ids += tokens
+        supervised += [is_answer] * len(tokens)
+    return ids, supervised
+
+
+def encode_all(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text as it stands, without marks of a beginning or an end."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(texts, **options)["input_ids"] if texts else []
+
+
+@lru_cache(maxsize=8192)
+def prompt_tokens(tokenizer: Any, num_entries: int, text: str) -> tuple[int, ...]:
+    """Token ids of what the user says, which many rows have in common. `num_entries` is the tokenizer's length."""
+    return tuple(encode_all(tokenizer, [text])[0])
+
+
+def stretches(tokenizer: Any, messages: list[Message]) -> list[Stretch]:
+    """A dialogue as the texts that are tokenised each by itself, and whether the assistant says it.
+
+    Each is tokenised by itself, as it is in inference: the prompt's last letters never merge with the answer's first
+    ones. The chat template runs once for all dialogues with the same roles; what the turns say is then put in.
 
     Raises:
         DataError: a chat template that rewrites earlier turns, or a dialogue without an assistant.
     """
-    stretches: list[tuple[str, bool]] = []
+    contents = [message["content"] for message in messages]
+    if all(_is_plain(content) for content in contents):
+        roles = tuple(message["role"] for message in messages)
+        form = _form(tokenizer, str(tokenizer.chat_template), roles)
+        if form is not None:
+            return _filled(form, contents)
+    return _rendered(tokenizer, messages)
+
+
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private characters, which no text and no template holds
+_SLOT = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_MARKUP = re.compile(r"[<\[]")
+Form = list[tuple[list[str | int], bool]]
+"""Stretches, each of texts and of numbers of the messages whose content stands there."""
+
+
+def _is_plain(content: str) -> bool:
+    """Whether a chat template has nothing to do about a content: templates trim, and look for tags such as </think>."""
+    return bool(content) and content == content.strip() and not _MARKUP.search(content.replace(AUDIO_TOKEN, ""))
+
+
+def _filled(form: Form, contents: list[str]) -> list[Stretch]:
+    return [
+        ("".join([part if isinstance(part, str) else contents[part] for part in parts]), is_answer)
+        for parts, is_answer in form
+    ]
+
+
+@lru_cache(maxsize=256)
+def _form(tokenizer: Any, chat_template: str, roles: tuple[str, ...]) -> Form | None:
+    """What a chat template makes of turns of these roles; None for one that does not write contents as they are."""
+    slots = [{"role": role, "content": f"{_OPEN}{index}{_CLOSE}"} for index, role in enumerate(roles)]
+    form: Form = []
+    for text, is_answer in _rendered(tokenizer, slots):
+        pieces = _SLOT.split(text)  # text, slot, text, slot, …, text
+        form.append(([int(piece) if place % 2 else piece for place, piece in enumerate(pieces)], is_answer))
+    trial = [
+        {
+            "role": role,
+            "content": f"{AUDIO_TOKEN * (role == 'user')}Trial {index}: one, two — and more words than a few.",
+        }
+        for index, role in enumerate(roles)
+    ]
+    return form if _filled(form, [turn["content"] for turn in trial]) == _rendered(tokenizer, trial) else None
+
+
+def _rendered(tokenizer: Any, messages: list[Message]) -> list[Stretch]:
+    """`stretches`, by the chat template itself."""
+    found: list[Stretch] = []
     done = ""
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -59,17 +125,11 @@ def render(tokenizer: Any, messages: list[Message]) -> tuple[list[int], list[boo
         if not (prompt.startswith(done) and whole.startswith(prompt)):
             raise DataError("the chat template rewrites earlier turns: choose another with model.chat_template")
         answer, end = _split_end(tokenizer, whole[len(prompt) :])
-        stretches += [(prompt[len(done) :], False), (answer, True)]
+        found += [(prompt[len(done) :], False), (answer, True)]
         done = whole[: len(whole) - len(end)] if end else whole
-    if not stretches:
+    if not found:
         raise DataError("the dialogue has no assistant turn: expected one to learn from")
-    ids: list[int] = []
-    supervised: list[bool] = []
-    for text, is_answer in stretches:
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        ids += tokens
-        supervised += [is_answer] * len(tokens)
-    return ids, supervised
+    return found
 
 
 def _split_end(tokenizer: Any, answer: str) -> tuple[str, str]:

@@ -25,6 +25,11 @@ class HeldoutFilter:
         self._texts = {normalise_text(text) for text in heldout_texts} - {""}
         self._contained = [f" {text} " for text in self._texts if len(text.split()) >= MIN_CONTAINED_WORDS]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the held-out texts, which decide what is refused."""
+        return hashlib.sha256("\n".join(sorted(self._texts)).encode()).hexdigest()
+
     def allows(self, text: str) -> bool:
         """True when the text may be used for training."""
         normalised = normalise_text(text)

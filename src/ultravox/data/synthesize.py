@@ -1,26 +1,25 @@
-"""Synthetic speech: ``synthetic-en`` (sentences to transcribe) and ``spoken-requests-en`` (requests to answer)."""
+"""Bundled synthetic speech: ``synthetic-en`` (sentences to transcribe) and ``spoken-requests-en`` (requests to answer).
 
-import os
+What speaks is ``data/speak.py``; datasets of a user's own texts are made in ``data/speech_dataset.py``.
+"""
+
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ultravox.data.asterisk import NAME as ASTERISK
 from ultravox.data.asterisk import fetch_asterisk_en
 from ultravox.data.manifest import Clip, dataset_folder, is_whole, read_dataset, write_dataset
 from ultravox.data.sources import load_clips
+from ultravox.data.speak import Reading, Shard, Spoken, speak_shards
+from ultravox.data.speech_dataset import Answerer
 from ultravox.data.splits import HeldoutFilter, is_heldout
 from ultravox.data.texts.sentences import request_texts, transcription_texts
-from ultravox.data.voices import Voice, fetch_joe, voice_classes
-from ultravox.errors import DataError
+from ultravox.data.voices import fetch_joe, voice_classes
 from ultravox.files import atomic_folder, ultravox_home
 
-SAMPLE_RATE = 16_000
 LICENCE = "CC0-1.0"
 ATTRIBUTION = (
     "Synthetic speech made by UltraVox. Voices: Joe (en_US-joe-medium, CC0) for Piper; Heart (Hibari, Apache-2.0, "
@@ -34,20 +33,6 @@ STAND_IN_MINUTES, STAND_IN_SEED = 22.0, 99
 STANDARD_KEYS = {"version", "name", "licence", "attribution", "splits"}
 # Mean spoken length, used only to see how many sentences fill the minutes asked for; measured on both voices.
 SECONDS_PER_CHARACTER, SECONDS_PER_CLIP = 0.052, 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How one sentence is read: ``pace`` above 1 is slower, ``pitch`` above 1 is higher with a smaller throat."""
-
-    text: str
-    voice: int
-    pace: float
-    pitch: float
-    noise: float
-    level_db: float
-    lead_seconds: float
-    tail_seconds: float
 
 
 def plan_reading(text: str, num_voices: int, generator: random.Random) -> Reading:
@@ -66,77 +51,22 @@ def plan_reading(text: str, num_voices: int, generator: random.Random) -> Readin
     )
 
 
-def speak_reading(voice: Voice, reading: Reading) -> np.ndarray:
-    """Float32 samples [sample] at 16 kHz, peak at the reading's level, silence around it."""
-    import soxr
-
-    # Played back faster by `pitch`, which raises pitch and formants together; spoken slower by as much beforehand.
-    waveform = voice.speak(reading.text, reading.pace * reading.pitch, reading.noise)
-    if waveform.size == 0 or not np.abs(waveform).max() > 0:
-        raise DataError(f"the voice {voice.name} said nothing for {reading.text!r}")
-    waveform = soxr.resample(waveform, voice.sample_rate * reading.pitch, SAMPLE_RATE)
-    waveform = waveform * (10 ** (reading.level_db / 20) / np.abs(waveform).max())
-    padding = [int(seconds * SAMPLE_RATE) for seconds in (reading.lead_seconds, reading.tail_seconds)]
-    return np.pad(waveform, padding).astype(np.float32)
-
-
-def _speak_shard(
-    shard: Sequence[tuple[Reading, Path]], seed: int, advance: Callable[[], None]
-) -> list[tuple[float, str]]:
-    import soundfile
-
-    voices: dict[int, Voice] = {}
-    spoken = []
-    for reading, path in shard:
-        if reading.voice not in voices:
-            voices[reading.voice] = voice_classes()[reading.voice](seed)
-        voice = voices[reading.voice]
-        waveform = speak_reading(voice, reading)
-        soundfile.write(path, waveform, SAMPLE_RATE, subtype="PCM_16")
-        spoken.append((len(waveform) / SAMPLE_RATE, f"{voice.name}@{reading.pitch:g}"))
-        advance()
-    return spoken
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def speak_texts(texts: Sequence[str], folder: Path, name: str, seed: int) -> list[Clip]:
     """Say each text into ``folder/audio``; the clips, in the order of the texts. Uses every processor core."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    num_voices = len(voice_classes())
+    voices = voice_classes()
     fetch_joe()  # before the threads, which would each download it
     generator = random.Random(seed)
-    (folder / "audio").mkdir(exist_ok=True)
     jobs = [
-        (plan_reading(text, num_voices, generator), folder / "audio" / f"{name}-{number:05d}.flac")
+        (plan_reading(text, len(voices), generator), folder / "audio" / f"{name}-{number:05d}.flac")
         for number, text in enumerate(texts)
     ]
-    spoken: list[tuple[float, str]] = [(0.0, "")] * len(jobs)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        ThreadPoolExecutor(max_workers=min(NUM_SHARDS, _num_cores())) as pool,
-    ):
-        task = progress.add_task(f"speaking {name}", total=len(jobs))
-        shards = [
-            pool.submit(
-                _speak_shard, jobs[number::NUM_SHARDS], seed * NUM_SHARDS + number, lambda: progress.advance(task)
-            )
-            for number in range(NUM_SHARDS)
-        ]
-        try:
-            for number, shard in enumerate(shards):
-                spoken[number::NUM_SHARDS] = shard.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    shards = [Shard(seed * NUM_SHARDS + number, jobs[number::NUM_SHARDS]) for number in range(NUM_SHARDS)]
+    spoken = [Spoken(0.0)] * len(jobs)
+    for number, shard in enumerate(speak_shards(shards, voices, title=f"speaking {name}")):
+        spoken[number::NUM_SHARDS] = shard
     return [
-        Clip(path.stem, path, reading.text, duration, speaker, LICENCE)
-        for (reading, path), (duration, speaker) in zip(jobs, spoken, strict=True)
+        Clip(path.stem, path, reading.text, one.seconds, f"{voices[reading.voice].name}@{reading.pitch:g}", LICENCE)
+        for (reading, path), one in zip(jobs, spoken, strict=True)
     ]
 
 
@@ -218,9 +148,7 @@ def add_answers(source: str | Path, answer: Callable[[list[str]], list[str]], an
     splits: dict[str, list[Clip]] = {}
     for split in info["splits"]:
         clips = load_clips(folder, split)
-        answers = answer([clip.text for clip in clips])
-        if len(answers) != len(clips):
-            raise DataError(f"{len(clips)} requests got {len(answers)} answers from {answered_by}: expected one each")
+        answers = Answerer(answered_by, answer)([clip.text for clip in clips])
         splits[split] = [replace(clip, answer=text) for clip, text in zip(clips, answers, strict=True)]
     extra = {key: value for key, value in info.items() if key not in STANDARD_KEYS}
     write_dataset(

@@ -6,10 +6,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ultravox.audio.waveform import load_waveform
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip
+from ultravox.data.filters import characters_per_second, total_seconds
 from ultravox.errors import AudioError
 from ultravox.evaluation.figures import histogram
-from ultravox.evaluation.inspection import MEANINGS, Inspection, characters_per_second, worst_rows
+from ultravox.evaluation.inspection import MEANINGS, Inspection, worst_rows
 from ultravox.evaluation.media import compressed_audio, data_uri
 from ultravox.evaluation.report import both_widths, page_environment
 from ultravox.files import atomic_write
@@ -17,19 +18,16 @@ from ultravox.files import atomic_write
 MOST_ROWS = 60
 NUM_SAMPLES = 5  # rows of each split, evenly spread, as they are
 MAX_PLAYER_SECONDS = 60.0
+WITHOUT_CLIP = ("unusable", "id twice")  # the row itself could not be read, or is the second of its name
 
 
 def write_dataset_page(path: Path, name: str, splits: Mapping[str, Sequence[Clip]], inspection: Inspection) -> None:
     """Write the page; it opens without any other file. `splits` are those that were inspected."""
     clips = {(split, clip.id): clip for split, many in splits.items() for clip in many}
-    worst = [
-        {
-            "finding": finding,
-            "clip": clips[finding.split, finding.id],
-            "sound": _sound(clips[finding.split, finding.id]),
-        }
-        for finding in worst_rows(inspection, MOST_ROWS)
-    ]
+    worst = []
+    for finding in worst_rows(inspection, MOST_ROWS):
+        clip = None if finding.kind in WITHOUT_CLIP else clips.get((finding.split, finding.id))
+        worst.append({"finding": finding, "clip": clip, "sound": clip and _sound(clip)})
     content = (
         page_environment()
         .get_template("dataset.html.jinja")
@@ -54,7 +52,10 @@ def write_dataset_page(path: Path, name: str, splits: Mapping[str, Sequence[Clip
 
 
 def _charts(split: str, clips: Sequence[Clip]) -> dict[str, Markup]:
-    rates, durations = [characters_per_second(clip) for clip in clips], [clip.duration for clip in clips]
+    heard = [clip for clip in clips if clip.duration]
+    if not heard:
+        return {}
+    rates, durations = list(map(characters_per_second, heard)), list(map(total_seconds, heard))
     return {
         "duration": both_widths(
             lambda w: histogram(durations, width=w, height=180, title=f"Durations of {split}", unit="s")

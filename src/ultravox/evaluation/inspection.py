@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from ultravox.audio.content import NO_AUDIO, Audio, audio_sha256
 from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.audio.waveform import load_waveform
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip, RowFault
+from ultravox.data.filters import characters_per_second, num_characters, total_seconds
 from ultravox.errors import AudioError
-from ultravox.files import sha256_file
 from ultravox.metrics.normalize import spoken_form
 
 FORMAT_VERSION = 1
@@ -30,6 +31,8 @@ DURATION_TOLERANCE = 0.02, 0.1  # share of the row's duration, and seconds
 
 #: Kinds of findings, the gravest first; those that fail a strict inspection, and what each means.
 FAULTS = {
+    "unusable": "the row is damaged: no such file, no duration, recordings and messages that do not fit",
+    "id twice": "another row of the split has this id",
     "unreadable": "the audio cannot be decoded",
     "no text": "no letter or digit in the transcript",
     "text in two splits": "a training text is also an evaluation text",
@@ -37,6 +40,7 @@ FAULTS = {
     "audio twice": "one file's content stands under two ids of a split",
 }
 DOUBTS = {
+    "no audio": 'a text alone, which only the task "text" can use',
     "wrong duration": "the row's duration is not the audio's",
     "silent": f"no sample above {SILENT_PEAK:g} of full scale",
     "clipped": f"more than {CLIPPED_SHARE:.0%} of the samples at full scale",
@@ -63,6 +67,8 @@ class SplitSummary:
     """Different ones that are named."""
     licences: dict[str, int]
     """Licence → clips."""
+    languages: dict[str, float]
+    """Language → seconds."""
     duration: dict[str, float]
     """`QUANTILES` of the seconds."""
     characters_per_second: dict[str, float]
@@ -100,14 +106,10 @@ class Inspection:
         return {"version": FORMAT_VERSION, **asdict(self)}
 
 
-def characters_per_second(clip: Clip) -> float:
-    """Characters of `spoken_form`, for each second of the row's duration."""
-    return len(spoken_form(clip.text)) / clip.duration
-
-
 def inspect_splits(
     splits: Mapping[str, Sequence[Clip]],
     *,
+    faults: Mapping[str, Sequence[RowFault]] | None = None,
     decode: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
@@ -115,6 +117,7 @@ def inspect_splits(
 
     Args:
         splits: name → clips. The one called ``train`` is held against each other one.
+        faults: name of a split → its rows that gave no clip.
         decode: also decode the audio; without it a row's duration is believed.
         on_progress: told how many clips of how many are done.
     """
@@ -122,10 +125,16 @@ def inspect_splits(
     places: dict[str, list[tuple[str, str]]] = defaultdict(list)
     total, done = sum(map(len, splits.values())), 0
     for split, clips in splits.items():
+        for fault in (faults or {}).get(split, ()):
+            kind = fault.reason if fault.reason == "id twice" else "unusable"
+            findings.append(Finding(kind, split, fault.name, str(fault)))
         for clip in clips:
-            found = [*_of_text(clip), *(_of_audio(clip) if decode else [])]
+            found = _of_text(clip)
+            for audio, seconds in [(clip.audio, clip.duration), *clip.more_audio]:
+                found += _of_audio(audio, seconds, decode)
+                if digest := _digest(audio):
+                    places[digest].append((split, clip.id))
             findings += [Finding(kind, split, clip.id, detail) for kind, detail in found]
-            places[sha256_file(clip.audio)].append((split, clip.id))
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
@@ -136,9 +145,13 @@ def inspect_splits(
 
 
 def _of_text(clip: Clip) -> list[tuple[str, str]]:
-    rate = characters_per_second(clip)
-    if rate == 0:
+    if clip.messages is not None:
+        return []
+    if not num_characters(clip.text):
         return [("no text", repr(clip.text))]
+    if clip.audio == NO_AUDIO:
+        return [("no audio", clip.text)]
+    rate = characters_per_second(clip)
     if rate > FAST_CHARACTERS_PER_SECOND:
         return [("fast", f"{rate:.1f} characters a second")]
     if rate < SLOW_CHARACTERS_PER_SECOND and clip.duration >= MIN_SLOW_SECONDS:
@@ -146,21 +159,31 @@ def _of_text(clip: Clip) -> list[tuple[str, str]]:
     return []
 
 
-def _of_audio(clip: Clip) -> list[tuple[str, str]]:
+def _of_audio(audio: Audio, declared: float, decode: bool) -> list[tuple[str, str]]:
+    if not decode or audio == NO_AUDIO:
+        return []
     try:
-        waveform = load_waveform(clip.audio)
+        waveform = load_waveform(audio)
     except AudioError as error:
         return [("unreadable", str(error))]
     found = []
     seconds, loudness = len(waveform) / SAMPLE_RATE, np.abs(waveform)
     share, slack = DURATION_TOLERANCE
-    if abs(seconds - clip.duration) > share * clip.duration + slack:
-        found.append(("wrong duration", f"{clip.duration:.2f} s in the row, {seconds:.2f} s of audio"))
+    if abs(seconds - declared) > share * declared + slack:
+        found.append(("wrong duration", f"{declared:.2f} s in the row, {seconds:.2f} s of audio"))
     if loudness.max() < SILENT_PEAK:
         found.append(("silent", f"peak {loudness.max():.4f}"))
     if (clipped := float((loudness >= 0.999).mean())) > CLIPPED_SHARE:
         found.append(("clipped", f"{clipped:.1%} of the samples"))
     return found
+
+
+def _digest(audio: Audio) -> str | None:
+    """What tells a recording from every other; None where there is none, which is found elsewhere."""
+    try:
+        return None if audio == NO_AUDIO else audio_sha256(audio)
+    except AudioError:
+        return None
 
 
 def _repeated_audio(places: Mapping[str, Sequence[tuple[str, str]]]) -> list[Finding]:
@@ -190,22 +213,27 @@ def _shared_texts(splits: Mapping[str, Sequence[Clip]]) -> list[Finding]:
 
 def _summary(name: str, clips: Sequence[Clip]) -> SplitSummary:
     words = Counter(word for clip in clips for word in spoken_form(clip.text).split())
+    languages: dict[str, float] = defaultdict(float)
+    for clip in clips:
+        languages[clip.language or "not stated"] += total_seconds(clip)
+    heard = [clip for clip in clips if clip.duration]
     return SplitSummary(
         name,
         len(clips),
-        sum(clip.duration for clip in clips),
+        sum(map(total_seconds, clips)),
         words.total(),
         len(words),
         len({spoken_form(clip.text) for clip in clips}),
         len({clip.speaker for clip in clips} - {""}),
         dict(Counter(clip.licence or "not stated" for clip in clips).most_common()),
-        _quantiles([clip.duration for clip in clips]),
-        _quantiles([characters_per_second(clip) for clip in clips]),
+        dict(sorted(languages.items(), key=lambda language: -language[1])),
+        _quantiles([total_seconds(clip) for clip in heard]),
+        _quantiles([characters_per_second(clip) for clip in heard if clip.messages is None]),
     )
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
-    found = np.quantile(np.asarray(values, dtype=float), list(QUANTILES.values()))
+    found = np.quantile(np.asarray(values or [0.0], dtype=float), list(QUANTILES.values()))
     return {name: round(float(value), 3) for name, value in zip(QUANTILES, found, strict=True)}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ultravox.audio.content import Audio
 from ultravox.audio.waveform import load_waveform
 from ultravox.data.sources import load_clips
 from ultravox.errors import AudioError, DataError
@@ -69,7 +70,7 @@ class _Sound:
     The dataset may have moved away since: then the texts are still worth a report.
     """
 
-    files: dict[str, Path]
+    files: dict[str, Audio]
     left: int
 
     @classmethod

@@ -283,14 +283,18 @@ def is_stand_in(source: str) -> bool:
 
 
 def attribution(source: str, clips: Sequence[Clip]) -> dict[str, str]:
-    """Name, licence and attribution of a dataset; for a bare manifest, the licences that its rows name."""
+    """Name, licence and attribution of a dataset; where it does not tell its licence, those that its rows name."""
     path = Path(source).expanduser()
     try:
-        info = read_dataset(path.parent if is_manifest(source) else source)
+        info = read_dataset(path.parent) if is_manifest(source) else describe_source(source)
     except DataError:
-        licences = sorted({clip.licence for clip in clips if clip.licence})
-        return {"name": path.name, "licence": ", ".join(licences) or "licence not stated", "attribution": ""}
-    return {key: str(info.get(key, "")) for key in ("name", "licence", "attribution")}
+        info = {}
+    licences = sorted({clip.licence for clip in clips if clip.licence})
+    return {
+        "name": str(info.get("name") or (path.name if path.exists() else source)),
+        "licence": str(info.get("licence") or ", ".join(licences) or "licence not stated"),
+        "attribution": str(info.get("attribution") or ""),
+    }
 
 
 def _provenance(checkpoint: Checkpoint, settings: Settings, system: System, command: str) -> dict[str, Any]:

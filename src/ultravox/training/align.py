@@ -8,8 +8,9 @@ import torch
 from ultravox.config.schema import StageConfig
 from ultravox.errors import DataError
 from ultravox.objectives.alignment import CtcAlignment
+from ultravox.training.batches import SpeechBatch
 from ultravox.training.speech import Example, SpeechData
-from ultravox.training.speech_task import SpeechBatch, SpeechTask
+from ultravox.training.speech_task import SpeechTask, padded_rows
 from ultravox.training.task import LossOutput
 
 
@@ -24,16 +25,19 @@ class AlignTask(SpeechTask):
         table = model.get_input_embeddings().weight
         self.alignment = CtcAlignment(table, torch.from_numpy(vocabulary), stage.align.match_weight)
         self.extra = self.alignment
-        self._targets = {id(e): self.alignment.targets(torch.from_numpy(e.transcript)) for e in self.examples}
 
-    def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
-        """CTC needs a position for each token, and a blank between equal neighbours; versions without are left out."""
+    def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
+        """CTC needs a position for each token, and a blank between equal neighbours; versions without are left out.
+
+        So are rows of several recordings, of more than a window, and of none.
+        """
         lengths, selected = [], []
         for example in examples:
             needed = len(example.transcript) + int((np.diff(example.transcript) == 0).sum())
-            counts = [self.audio_tokens(example, version) for version in range(len(example.names))]
-            windows = [len(frames) for frames in example.window_frames]
-            usable = [n if n >= needed and w == 1 else 0 for n, w in zip(counts, windows, strict=True)]
+            usable = []
+            for version in example.versions:
+                fits = 0 < needed <= self.maker.fewest_tokens(version) and [*map(len, version.frames)] == [1]
+                usable.append(self.maker.planned_tokens(version) if fits else 0)
             self.left_out += [example.id] * usable.count(0)
             if any(usable):
                 selected.append(example)
@@ -42,13 +46,12 @@ class AlignTask(SpeechTask):
             raise DataError(
                 f"stage {self.stage.name}: no transcript fits into its clip's positions: lower model.stack_factor"
             )
-        width = max(map(len, lengths))
-        return selected, [row + [0] * (width - len(row)) for row in lengths]
+        return selected, padded_rows(lengths), np.zeros((len(selected), 1), dtype=np.int32)
 
-    def loss(self, batch: SpeechBatch) -> LossOutput:
+    def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum over clips of CTC and matching loss; the count is target tokens."""
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=True)
-        targets = [self._targets[id(example)] for example in batch.examples]
+        targets = [self.alignment.targets(torch.from_numpy(transcript)) for transcript in batch.transcripts]
         target_lengths = torch.tensor([len(target) for target in targets])
         total, ctc, count = self.alignment.loss(embeddings.float(), token_lengths, torch.cat(targets), target_lengths)
         num_tokens = int(token_lengths.sum())
@@ -56,6 +59,6 @@ class AlignTask(SpeechTask):
 
     def transcribe(self, examples: list[Example]) -> list[str]:
         """Greedy CTC decoding."""
-        embeddings, token_lengths = self.audio_embeddings(self.load(examples, [0] * len(examples)), augmented=False)
+        embeddings, token_lengths = self.audio_embeddings(self.first_versions(examples), augmented=False)
         decoded: list[list[int]] = self.alignment.decode(embeddings.float(), token_lengths)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in decoded]

@@ -69,6 +69,11 @@ class Optimizer:
                     settings.append({"params": parameters, "lr": group.lr, "peak": group.lr, "weight_decay": decay})
         self._adamw = torch.optim.AdamW(settings, betas=betas, eps=eps, fused=True)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that trains."""
+        return list(self._named.values())
+
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 

@@ -45,6 +45,9 @@ class TerminalProgress:
             ids = ", ".join(record.skipped_ids[:3])
             text = f"{record.stage} step {record.step}: loss or gradient not finite, step left out ({ids} …)"
             self.console.print(text, highlight=False, markup=False)
+        for whole in record.split_ids or ():
+            text = f"{record.stage} step {record.step}: {len(whole)} clips did not fit into memory together"
+            self.console.print(f"{text} and were run in halves; lower max_batch_tokens", highlight=False, markup=False)
         due = record.step % self._log_every == 0 or record.step == record.max_steps
         if not due and self._live is None:
             return

@@ -16,32 +16,36 @@ from rich.console import Console
 
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
+from ultravox.data.loader import Loader
+from ultravox.data.order import Position
+from ultravox.data.sample_log import SampleLog, next_attempt
+from ultravox.data.sources import require_not_shrunk
 from ultravox.errors import ConfigError, UltravoxError
-from ultravox.files import atomic_folder, atomic_write, sha256_file
+from ultravox.files import atomic_folder, atomic_write
 from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.fast import use_fast_kernels
-from ultravox.model.pretrained import hub_commit, resolve_model
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
+from ultravox.training.identity import base_models, deciding_keys
 from ultravox.training.interrupt import StopRequest, stop_on_signals
 from ultravox.training.measure import matmul_flop_rate, memory_bytes, peak_memory_bytes
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
+from ultravox.training.memory_model import MemoryModel
+from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
 from ultravox.training.progress import TerminalProgress
 from ultravox.training.run_folder import clear, lock, require_free
-from ultravox.training.speech import SpeechData, prepare_speech
+from ultravox.training.speech import SpeechData, prepare_speech, source_key, source_spec
 from ultravox.training.speech_task import SpeechTask
+from ultravox.training.stream import prepare_stream
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
+from ultravox.training.trackers.samples import StepSamples, samples_folder
 from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
 from ultravox.training.tune import TuneTask, num_matmul_parameters
 
 FORMAT_VERSION = 1
 TASKS: dict[str, type[SpeechTask]] = {"align": AlignTask, "tune": TuneTask}
-
-#: Keys that a resumed run may change, since they do not touch its numbers.
-FREE_KEYS = ("run_dir", "logging", "evaluation")
-FREE_STAGE_KEYS = ("log_every", "evaluate_every", "checkpoint_every")
 
 
 @dataclass(slots=True)
@@ -85,7 +89,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             require_free(run_dir, overwrite=overwrite)
         start = checkpoints.load_checkpoint(found[-1]) if resume else None
         if start is not None:
-            saved, current = start.state["config"], _deciding_keys(config)
+            saved, current = start.state["config"], deciding_keys(config)
             checkpoints.require_same(saved, current, "the configuration", found[-1])
 
         # 2. The model; its fresh weights are a function of the seed
@@ -98,12 +102,16 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             checkpoints.require_same(start.state["base_models"], bases, "a base model", found[-1])
 
         # 3. The data: clips, tokens, features of the frozen encoder
-        data = prepare_speech(config, model, processor)
-        run = RunState(feature_cache_seconds=data.report.seconds)
+        prepare = prepare_stream if config.data.streaming else prepare_speech
+        data = prepare(config, model, processor)
+        run = RunState(feature_cache_seconds=data.cache_report.seconds)
         if start is not None:
+            for source in config.data.sources:
+                key = source_key(source)
+                require_not_shrunk(source_spec(source), start.state["sizes"].get(key, 0), data.sizes[key])
             checkpoints.require_same(start.state["data"], data.fingerprints, "the training data", found[-1])
             run = RunState(**start.state["run"])
-            run.feature_cache_seconds += data.report.seconds
+            run.feature_cache_seconds += data.cache_report.seconds
         _announce(config, model, data)
 
         # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
@@ -162,40 +170,32 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     groups = task.parameter_groups()
     if not groups:
         raise UltravoxError(f"stage {stage.name} trains nothing: every learning rate is 0 or belongs to a frozen part")
+    if stage.max_batch_memory_gb is not None:
+        known = start.state["memory"] if start is not None else None
+        memory = calibrate_task(task) if known is None else MemoryModel.from_json(known)
+        task.limit_memory(memory, round(stage.max_batch_memory_gb * 1e9))
     optimizer = Optimizer(groups, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
     state = LoopState()
     if start is not None:
         task.load_trainable_state(start.trainable)
         optimizer.load_state_dict(start.optimizer)
         checkpoints.restore_random_state(start.state["random"])
+        where = checkpoints.checkpoint_folder(context.run_dir, stage.name, start.state["step"])
+        order = {stage.name: task.order.fingerprint}
+        checkpoints.require_same({stage.name: start.state["order"]}, order, "the order of the data", where)
         state = LoopState(**start.state["loop"])
     if done is not None:
         return  # the checkpoint is that of the stage's end
+    if start is not None:
+        task.go_to(_position(state), start.state["stream"])
 
     last: dict[str, float] = {}
 
     def save(state: LoopState) -> None:
-        seconds = run.seconds + time.monotonic() - context.begin
         if state.step == stage.max_steps:
             run.finished.append(_stage_summary(context, task, state, last, flop_rate))
-        peak = max(run.peak_memory_bytes, peak_memory_bytes())
-        content = {
-            "stage": stage.name,
-            "step": state.step,
-            "loop": state.to_json(),
-            "random": checkpoints.random_state(),
-            "resolved_config": config.model_dump(mode="json"),
-            "config": _deciding_keys(config),
-            "config_sha256": hashlib.sha256(json.dumps(_deciding_keys(config), sort_keys=True).encode()).hexdigest(),
-            "base_models": context.base_models,
-            "data": context.data.fingerprints,
-            "run": {
-                "seconds": seconds,
-                "feature_cache_seconds": run.feature_cache_seconds,
-                "peak_memory_bytes": peak,
-                "finished": run.finished,
-            },
-        }
+            _tell_mixture(stage.name, run.finished[-1]["mixture"])
+        content = _checkpoint_content(context, task, state)
         folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
         checkpoints.save_checkpoint(folder, checkpoint)
@@ -204,7 +204,6 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     settings = LoopSettings(
         stage=stage.name,
         max_steps=stage.max_steps,
-        accumulation_steps=stage.accumulation_steps,
         warmup_steps=optim.warmup_steps,
         schedule=optim.schedule,
         final_lr_share=optim.final_lr_share,
@@ -212,11 +211,63 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         evaluate_every=stage.evaluate_every,
         checkpoint_every=stage.checkpoint_every,
     )
+    loader = _loader(context, task)
     release_freed_memory()  # what the stage before has left
     keep_freed_memory()
     with ExitStack() as stack:
         callbacks = _callbacks(context, state, last, stack)
-        run_stage(task, optimizer, settings, state=state, callbacks=callbacks, save=save, stop=context.stop)
+        run_stage(
+            task,
+            optimizer,
+            settings,
+            lambda at: loader.steps(_position(at)),
+            state=state,
+            callbacks=callbacks,
+            save=save,
+            stop=context.stop,
+        )
+
+
+def _checkpoint_content(context: _Stage, task: SpeechTask, state: LoopState) -> dict[str, Any]:
+    """All of a checkpoint that is not a tensor."""
+    config, run, deciding = context.config, context.run, deciding_keys(context.config)
+    return {
+        "stage": context.stage.name,
+        "step": state.step,
+        "loop": state.to_json(),
+        "random": checkpoints.random_state(),
+        "resolved_config": config.model_dump(mode="json"),
+        "config": deciding,
+        "config_sha256": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest(),
+        "base_models": context.base_models,
+        "data": context.data.fingerprints,
+        "sizes": context.data.sizes,
+        "order": task.order.fingerprint,
+        "stream": task.stream_state(_position(state)),
+        "memory": None if task.memory is None else task.memory.to_json(),
+        "run": {
+            "seconds": run.seconds + time.monotonic() - context.begin,
+            "feature_cache_seconds": run.feature_cache_seconds,
+            "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes()),
+            "finished": run.finished,
+        },
+    }
+
+
+def _loader(context: _Stage, task: SpeechTask) -> Loader:
+    options = context.config.data.loader
+    return Loader(
+        task.order,
+        task.make_batch,
+        batches_per_step=context.stage.accumulation_steps,
+        workers=options.workers,
+        prefetch=options.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _position(state: LoopState) -> Position:
+    return Position(state.epoch, state.window, state.batch)
 
 
 class _Last:
@@ -248,6 +299,10 @@ def _callbacks(context: _Stage, state: LoopState, last: dict[str, float], stack:
             add(TensorBoardLog(folder, stage.log_every, state.step, state.seconds))
         else:
             Console(stderr=True).print("TensorBoard is not installed: no tensorboard/ is written; log.jsonl is")
+    if context.config.logging.samples:
+        folder = samples_folder(context.run_dir, stage.name)
+        log = SampleLog(folder, rank=0, world_size=1, attempt=next_attempt(folder), first_step=state.step)
+        add(StepSamples(log, [source_key(source) for source in context.data.sources]))
     add(TerminalProgress(stage.name, stage.max_steps, stage.log_every, elapsed_seconds=state.seconds))
     return [*callbacks, _Last(last)]
 
@@ -263,8 +318,11 @@ def _stage_summary(
         "skipped_steps": state.skipped,
         "seconds": state.seconds,
         "evaluation_seconds": state.evaluation_seconds,
-        "epochs": state.epoch + state.batch / task.num_batches(state.epoch),
-        "num_examples": len(task.examples),
+        "data_wait_seconds": state.data_wait_seconds,
+        "data_wait_share": state.data_wait_seconds / max(state.seconds, 1e-9),
+        "epochs": task.order.epochs(_position(state)),
+        "mixture": task.mixture(state.epoch),
+        "num_examples": None if task.data.stream else len(task.examples),  # nobody has counted them
         "left_out": task.left_out,
         "audio_seconds": state.audio_seconds,
         "audio_seconds_per_second": state.audio_seconds / max(state.seconds, 1e-9),
@@ -292,11 +350,11 @@ def _summary(run: RunState, data: SpeechData, begin: float) -> dict[str, Any]:
         "feature_cache_seconds": run.feature_cache_seconds,
         "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes()),
         "num_threads": torch.get_num_threads(),
-        "num_clips": len(data.examples),
-        "audio_seconds": data.seconds,
+        "num_clips": None if data.stream else len(data.examples),
+        "audio_seconds": None if data.stream else data.seconds,
         "num_progress_clips": len(data.progress_examples),
-        "quarantined": {reason: len(files) for reason, files in data.report.quarantined.items()},
-        "quarantined_files": data.report.quarantined,
+        "quarantined": data.quarantine.counts(),
+        "quarantined_files": data.quarantine.reasons,
         "num_trainable_parameters": sum(parameter.numel() for parameter in data.trainable.values()),
         "stages": run.finished,
     }
@@ -310,41 +368,19 @@ def seed_everything(seed: int, purpose: str) -> None:
     random.seed(number)
 
 
-def base_models(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Name of the pretrained models that a run starts from, and their content's hash or, from the hub, their commit."""
-    found = {}
-    for part in ("language_model", "audio_encoder"):
-        name = getattr(config.model, part)
-        folder = Path(resolve_model(name))
-        if folder.is_dir():
-            files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("config.json")])
-            digest = hashlib.sha256("".join(sha256_file(path) for path in files).encode()).hexdigest()
-            found[part] = {"name": name, "sha256": digest}
-        else:
-            found[part] = {"name": name, "commit": hub_commit(name)}
-    return found
-
-
-def _deciding_keys(config: RunConfig) -> dict[str, Any]:
-    """The part of the configuration that decides the run's numbers, as JSON."""
-    content = config.model_dump(mode="json")
-    progress_clips = content["evaluation"]["num_progress_clips"]
-    content = {key: value for key, value in content.items() if key not in FREE_KEYS}
-    for stage in content["stages"]:
-        for key in FREE_STAGE_KEYS:
-            stage.pop(key)
-    return {**content, "evaluation": {"num_progress_clips": progress_clips}}  # they are kept out of training
+def _tell_mixture(stage: str, mixture: dict[str, dict[str, float]]) -> None:
+    """What came of each source, beside what was asked for."""
+    shares = [f"{name} {share['realised']:.1%} (asked {share['requested']:.1%})" for name, share in mixture.items()]
+    if len(shares) > 1:
+        text = f"stage {stage}: of the examples, {', '.join(shares)}"
+        Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
     count = sum(parameter.numel() for parameter in data.trainable.values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    versions = sum(len(example.names) for example in data.examples)
-    quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in data.report.quarantined.items()]
-    left_out = f", left out {', '.join(quarantined)}" if quarantined else ""
     text = (
-        f"{len(data.examples)} clips ({data.seconds / 60:.0f} min of speech, {versions} versions with their speeds)"
-        f"{left_out}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
+        f"{data.describe()}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
         f"{memory_bytes() / 1e9:.1f} GB of memory"
     )
     Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from ultravox.errors import ConfigError, UltravoxError
 RUN_FILES = (
     "config.yaml",
     "log.jsonl",
+    "samples",
     "tensorboard",
     "checkpoints",
     "model",

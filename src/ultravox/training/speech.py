@@ -1,249 +1,304 @@
-"""What the tasks train on: clips with their tokens, and the features of each at each speed.
-
-With a frozen encoder the features are its frames, read from the cache. Where anything in the encoder trains, they are
-what the encoder eats, cached just the same, and the encoder runs in every step.
-"""
+"""What the tasks on speech train on: the rows of all sources with their tokens, and their features at each speed."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ultravox.audio.augment import augment_frames, generator_for
-from ultravox.audio.features import NormalizedWaveform, windows
-from ultravox.audio.lengths import MAX_WINDOW_SAMPLES
-from ultravox.config.schema import AugmentConfig, RunConfig, SourceConfig
-from ultravox.data.cache import CacheKey, CacheReport, FeatureCache, FeatureRequest
-from ultravox.data.collate import WindowSlots, pad_frames
-from ultravox.data.loader import fingerprint
+from ultravox.audio.content import Audio
+from ultravox.audio.lengths import SAMPLE_RATE
+from ultravox.audio.waveform import load_waveform
+from ultravox.config.data import SourceConfig
+from ultravox.config.schema import RunConfig, StageConfig
+from ultravox.data.cache import CacheReport, FeatureRequest, SizeCap
+from ultravox.data.examples import TokenisedExample, tokenise
+from ultravox.data.filters import Filters
+from ultravox.data.fingerprint import fingerprint, uid
 from ultravox.data.manifest import Clip
-from ultravox.data.prompts import messages_for, render
-from ultravox.data.sources import load_clips
-from ultravox.errors import DataError
+from ultravox.data.quarantine import Quarantine, audio_fault
+from ultravox.data.source import SourceSpec
+from ultravox.data.sources import load_source
+from ultravox.data.streaming import ROWS_TO_JUDGE
+from ultravox.data.templates import PromptTemplate, UnusableRow
+from ultravox.errors import AudioError, DataError
 from ultravox.metrics.normalize import normalize_english, spoken_form
+from ultravox.training.features import Features
 from ultravox.training.progress import bar
+
+if TYPE_CHECKING:
+    from ultravox.training.stream import SpeechStream
 
 #: Clips of this length are looked at while training, where there are enough.
 PROGRESS_SECONDS = (1.0, 6.0)
 
 
 @dataclass(slots=True)
+class Version:
+    """An example at one speed."""
+
+    speed: float
+    seconds: float
+    """Of all its recordings."""
+    frames: list[list[int]]
+    """Encoder frames of each window of each recording."""
+    names: list[str] = field(default_factory=list)
+    """Entry of the cache for each recording; empty without a cache."""
+
+
+@dataclass(slots=True)
 class Example:
-    """One clip, tokenised once. A version is the clip at one speed."""
+    """One row of a source, tokenised once."""
 
     id: str
-    source: str
+    uid: str
+    source: int
+    """Index in data.sources."""
     text: str
-    repeat: int
-    input_ids: np.ndarray
-    """The conversation with one audio placeholder, [token]."""
-    supervised: np.ndarray
-    """True on what the assistant says, [token]."""
+    recordings: list[Audio]
+    prompts: list[TokenisedExample]
+    """For each prompt: the conversation with one placeholder per recording, and True on what the assistant says."""
     transcript: np.ndarray
     """Tokens of the text alone, [token]."""
-    names: list[str] = field(default_factory=list)
-    """Entry of the cache for each version."""
-    window_frames: list[list[int]] = field(default_factory=list)
-    """Encoder frames of each window of each version."""
-    seconds: list[float] = field(default_factory=list)
-
-
-class Features:
-    """Encoder frames of examples, from the cache or from the encoder itself."""
-
-    def __init__(self, model: Any, dtype: str) -> None:
-        self.model, self.encoder = model, model.audio_tower
-        self.live = any(parameter.requires_grad for parameter in self.encoder.parameters())
-        extractor = self.encoder.feature_extractor
-        preprocessing = f"{type(extractor).__name__}-{extractor.version}"
-        if isinstance(extractor, NormalizedWaveform):  # neither weights nor configuration of the encoder tell
-            preprocessing += "-normalized" if extractor.normalize else "-raw"
-        if self.live:
-            channels = int(self.encoder.features(np.zeros(1600, dtype=np.float32)).shape[0])
-            key = CacheKey("features only", preprocessing, channels, "float32")
-        else:
-            key = CacheKey(module_hash(self.encoder), preprocessing, self.encoder.hidden_size, dtype)
-        self.cache = FeatureCache(key)
-        steps = extractor.length if self.live else self.encoder.output_length
-        longest = MAX_WINDOW_SAMPLES + self.encoder.min_samples - 1
-        self.slots = WindowSlots(full=steps(MAX_WINDOW_SAMPLES), slot=steps(longest))
-
-    def encode(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
-        """Waveforms to what the cache keeps of them, each [frame, channel]."""
-        least = self.encoder.min_samples
-        pieces = [[self.encoder.features(window) for window in windows(waveform, least)] for waveform in waveforms]
-        if self.live:
-            return [self.slots.join([feature.T.numpy() for feature in piece]) for piece in pieces]
-        flat = [feature for piece in pieces for feature in piece]
-        lengths = torch.tensor([feature.shape[-1] for feature in flat])
-        values = flat[0].new_zeros(len(flat), flat[0].shape[0], int(lengths.max()))
-        for row, feature in zip(values, flat, strict=True):
-            row[:, : feature.shape[-1]] = feature
-        with torch.inference_mode():
-            frames, frame_lengths = self.model.encode_audio(values, lengths)
-        rows = [row[:length].float().numpy() for row, length in zip(frames, frame_lengths.tolist(), strict=True)]
-        found: Iterator[np.ndarray] = iter(rows)
-        return [self.slots.join([next(found) for _ in piece]) for piece in pieces]
-
-    def window_frames(self, name: str) -> list[int]:
-        """Encoder frames of each window of a cached clip."""
-        steps = self.slots.lengths(self.cache.num_frames(name))
-        return self.encoder.frame_lengths(torch.tensor(steps)).tolist() if self.live else steps
-
-    def load(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """What the cache keeps of clips: rows [window, step, channel] padded, and lengths [window]."""
-        return pad_frames([window for name in names for window in self.slots.split(self.cache.frames(name))])
-
-    def frames(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """What `load` gave → encoder frames [window, frame, hidden] and lengths, with a gradient where it trains."""
-        if not self.live:
-            return values, lengths
-        return self.model.encode_audio(values.transpose(1, 2), lengths)
-
-
-def augment(
-    frames: Tensor, lengths: Tensor, options: AugmentConfig, seed: tuple[int | str, ...], frames_per_second: int
-) -> Tensor:
-    """Augmented frames, as a pure function of `seed`."""
-    if not (options.time_masks or options.channel_masks or options.noise_std):
-        return frames
-    return augment_frames(
-        frames.clone() if frames.requires_grad else frames,
-        lengths,
-        generator_for(*seed),
-        time_masks=options.time_masks,
-        max_time_mask_frames=round(options.max_time_mask_seconds * frames_per_second),
-        channel_masks=options.channel_masks,
-        max_channel_mask_share=options.max_channel_mask_share,
-        noise_std=options.noise_std,
-    )
-
-
-def module_hash(module: torch.nn.Module) -> str:
-    """Hex SHA-256 of a module's weights and configuration."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
-    config = getattr(module, "config", None)
-    if config is not None:
-        content = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
-        content.pop("transformers_version", None)
-        digest.update(json.dumps(content, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    versions: list[Version] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class SpeechData:
     """All examples of a run, those kept out for a look at progress, and how they were come by."""
 
+    sources: list[SourceConfig]
+    temperature: float | None
     examples: list[Example]
+    """In the order of the sources; none of a stream."""
     progress_examples: list[Example]
     features: Features
-    report: CacheReport
+    cached: bool
+    """Whether the features of all examples are in the cache."""
+    cache_report: CacheReport
+    """What had to be encoded."""
+    quarantine: Quarantine
+    max_quarantine_share: float
+    max_audio_seconds: float
+    num_rows: int
+    """Of all sources, before any was set aside; of a stream, those that were looked at since this process began."""
     fingerprints: dict[str, str]
     """Source → hash of its clips, their audio and their tokens: what a resume must find unchanged."""
+    sizes: dict[str, int]
+    """Source → clips; 0 for a stream, which has no total."""
     seconds: float
     """Of audio, at speed 1."""
     trainable: dict[str, torch.nn.Parameter]
     """What trains in any stage of the run."""
+    stream: "SpeechStream | None" = None
+    """Where the examples come from while training, when they are not here."""
+
+    def uses_cache(self, stage: StageConfig) -> bool:
+        """Whether a stage reads the cache, or decodes in every epoch."""
+        return self.cached and not stage.augment.waveform.active
+
+    def set_aside(self, faults: Sequence[tuple[str, str]], num_rows: int = 0, epoch: int = 0) -> None:
+        """Take note of recordings that turned out to be unusable: reasons and names. DataError when too many are.
+
+        Of a stream, `num_rows` more were looked at, in this `epoch`; in its first, it is not judged by a few rows.
+        """
+        self.num_rows += num_rows
+        for reason, name in faults:
+            self.quarantine.add(reason, name)
+        if faults and (self.stream is None or epoch > 0 or self.num_rows >= ROWS_TO_JUDGE):
+            self.quarantine.require(self.max_quarantine_share, self.num_rows)
+
+    def describe(self) -> str:
+        """What there is to train on, in one line."""
+        if self.stream is not None:
+            return self.stream.describe()
+        versions = sum(len(example.versions) for example in self.examples)
+        quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in self.quarantine.reasons.items()]
+        left_out = f", left out {', '.join(quarantined)}" if quarantined else ""
+        minutes = f"{self.seconds / 60:.0f} min of speech"
+        return f"{len(self.examples)} clips ({minutes}, {versions} versions with their speeds){left_out}"
 
 
 def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
-    """Load clips, keep a few out, cache features, tokenise.
+    """Load the rows of all sources, keep a few out, cache features, tokenise.
 
     Raises:
-        DataError: too many clips that cannot be used, or none left.
+        DataError: too many rows that cannot be used, or none left; a prompt that names a missing column.
     """
     data = config.data
-    clips: list[Sourced] = []
+    quarantine = Quarantine()
+    rows: list[Sourced] = []
     parts: dict[str, list[str]] = {}
-    for source in data.sources:
-        mine = load_clips(source.name, source.split)[: source.max_clips]
-        parts[_key(source)] = [part for clip in mine for part in (clip.id, clip.text, clip.answer or "")]
-        clips += [(source, clip) for clip in mine]
-    progress, training = _keep_out(clips, config.evaluation.num_progress_clips)
+    templates: list[PromptTemplate] = []
+    num_rows = 0
+    for index, source in enumerate(data.sources):
+        loaded = load_source(source_spec(source))
+        templates.append(PromptTemplate(source.task, source.prompts, source.response))
+        templates[-1].require_columns(loaded.clips, f"source {source.name}")
+        num_rows += loaded.num_rows
+        quarantine.update(loaded.left_out)
+        parts[source_key(source)] = [loaded.fingerprint]
+        rows += [(index, clip) for clip in loaded.clips]
+    cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
+    progress, training = _keep_out(data.sources, rows, config.evaluation.num_progress_clips)
+    if not cached:
+        progress = [(index, clip) for index, clip in progress if _is_heard(clip, data.max_audio_seconds, quarantine)]
 
-    versions = [(source, clip, speed) for source, clip in training for speed in source.speeds or data.speeds]
-    versions += [(source, clip, 1.0) for source, clip in progress]
-    requests = [FeatureRequest(clip.audio, clip.duration, speed) for _, clip, speed in versions]
-    features = Features(model, data.feature_dtype)
-    limits = {"min_seconds": data.min_audio_seconds, "max_seconds": data.max_audio_seconds}
-    title = "computing log-mel features" if features.live else "encoding speech once"
-    with bar(title) as on_progress:
-        report = features.cache.build(requests, features.encode, **limits, on_progress=on_progress)
-
+    # Text before audio: what is wrong with it is found out before hours of encoding
     found: dict[int, Example] = {}
-    for (source, clip, speed), name in zip(versions, report.names, strict=True):
-        parts[_key(source)].append(name or "")
-        if reason := _unusable(source, clip):
-            report.quarantine(reason, clip.audio)
-        elif name is not None:
-            if id(clip) not in found:
-                found[id(clip)] = _tokenise(source, clip, processor, data.transcript_style)
-                parts[_key(source)] += _tokens(found[id(clip)])
-            example = found[id(clip)]
-            example.names.append(name)
-            example.window_frames.append(features.window_frames(name))
-            example.seconds.append(clip.duration / speed)
-    report.require(data.max_quarantine_share, len(clips))
-    examples = [found[id(clip)] for _, clip in training if id(clip) in found]
+    for index, clip in [*training, *progress]:
+        key = source_key(data.sources[index])
+        try:
+            name = f"{key} {parts[key][0]}"
+            found[id(clip)] = make_example(index, clip, templates[index], processor, config, name)
+            parts[key] += tokens_of(found[id(clip)])
+        except UnusableRow as error:
+            quarantine.add(error.reason, clip.id)
+    quarantine.require(data.max_quarantine_share, num_rows)
+
+    features = Features(model, data.feature_dtype, config.model.audio_encoder)
+    wanted = [(i, clip, speed) for i, clip in training for speed in data.sources[i].speeds or data.speeds]
+    wanted = [choice for choice in [*wanted, *((i, clip, 1.0) for i, clip in progress)] if id(choice[1]) in found]
+    heard = [templates[index].recordings(clip) for index, clip, _ in wanted]
+    requests = [FeatureRequest(a, s, wish[2]) for wish, many in zip(wanted, heard, strict=True) for a, s in many]
+    report = _cache(config, features, requests) if cached else _check(config, requests)
+    quarantine.update(report.quarantined)
+    quarantine.require(data.max_quarantine_share, num_rows)
+
+    remaining = iter(report.names)
+    for (index, clip, speed), recordings in zip(wanted, heard, strict=True):
+        mine = list(islice(remaining, len(recordings)))
+        usable = [name for name in mine if name is not None]
+        parts[source_key(data.sources[index])] += [name or "" for name in mine]
+        if len(usable) == len(mine):
+            found[id(clip)].versions.append(make_version(features, speed, [s for _, s in recordings], usable))
+    examples = [found[id(clip)] for _, clip in training if id(clip) in found and found[id(clip)].versions]
     if not examples:
         raise DataError("no clip is left to train on: check data.sources and the length limits")
-    seconds = sum(clip.duration for _, clip in training if id(clip) in found)
-    progress_examples = [found[id(clip)] for _, clip in progress if id(clip) in found]
-    fingerprints = {key: fingerprint(strings) for key, strings in parts.items()}
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return SpeechData(examples, progress_examples, features, report, fingerprints, seconds, trainable)
+    return SpeechData(
+        data.sources,
+        data.temperature,
+        examples,
+        [found[id(clip)] for _, clip in progress if id(clip) in found and found[id(clip)].versions],
+        features,
+        cached,
+        report,
+        quarantine,
+        data.max_quarantine_share,
+        data.max_audio_seconds,
+        num_rows,
+        {key: fingerprint(strings) for key, strings in parts.items()},
+        {source_key(source): sum(e.source == i for e in examples) for i, source in enumerate(data.sources)},
+        sum(example.versions[0].seconds * example.versions[0].speed for example in examples),
+        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
+    )
 
 
-def _key(source: SourceConfig) -> str:
+def make_version(features: Features, speed: float, seconds: list[float], names: list[str]) -> Version:
+    """A row at one speed, from its recordings' seconds and their entries in the cache ("" without one)."""
+    if any(names):
+        frames = [features.cached_frames(name) for name in names]
+    else:
+        frames = [features.expected_frames(round(duration / speed * SAMPLE_RATE)) for duration in seconds]
+    return Version(speed, sum(seconds) / speed, frames, [name for name in names if name])
+
+
+def _cache(config: RunConfig, features: Features, requests: list[FeatureRequest]) -> CacheReport:
+    """Compute the features that are not cached yet."""
+    data = config.data
+    with bar("computing log-mel features" if features.trains else "encoding speech once") as on_progress:
+        return features.cache.build(
+            requests,
+            features.encode,
+            min_seconds=data.min_audio_seconds,
+            max_seconds=data.max_audio_seconds,
+            cap=SizeCap(round(data.max_cache_gb * 1e9), features.steps_per_second) if data.max_cache_gb else None,
+            on_progress=on_progress,
+        )
+
+
+def _check(config: RunConfig, requests: list[FeatureRequest]) -> CacheReport:
+    """Without a cache: an entry is called "", and a recording's length is believed until the loader decodes it."""
+    low, high = config.data.min_audio_seconds, config.data.max_audio_seconds
+    report = CacheReport(names=[""] * len(requests))
+    for index, request in enumerate(requests):
+        reason = "too short" if request.seconds < low else "too long" if request.seconds > high else None
+        if reason is None and isinstance(request.audio, Path) and not request.audio.is_file():
+            reason = "missing audio"
+        if reason:
+            report.quarantine.add(reason, str(request.audio))
+            report.names[index] = None
+    return report
+
+
+def _is_heard(clip: Clip, max_seconds: float, quarantine: Quarantine) -> bool:
+    """Whether a clip can be decoded; if not, it is set aside. Without a cache, nothing else tells it beforehand."""
+    try:
+        load_waveform(clip.audio, max_seconds=max_seconds)
+    except AudioError as error:
+        quarantine.add(audio_fault(error, clip.audio), clip.id)
+        return False
+    return True
+
+
+def source_spec(source: SourceConfig) -> SourceSpec:
+    filters = Filters(**source.filters.model_dump())
+    names = ("name", "format", "split", "subset", "revision", "streaming", "columns", "max_clips", "max_hours")
+    options = {name: getattr(source, name) for name in names}
+    return SourceSpec(**options, filters=filters, needs_audio=source.task != "text")
+
+
+def source_key(source: SourceConfig) -> str:
     """What a source is called among the fingerprints; no two of a run are called the same."""
-    return f"{source.name}/{source.split}/{source.task}"
+    subset = f"/{source.subset}" if source.subset else ""
+    return f"{source.name}{subset}/{source.split}/{source.task}"
 
 
-def _tokens(example: Example) -> list[str]:
+def tokens_of(example: Example) -> list[str]:
     """An example's tokens, for the fingerprint of its source."""
-    return [array.tobytes().hex() for array in (example.input_ids, example.supervised, example.transcript)]
+    arrays = [example.transcript, *(array for prompt in example.prompts for array in prompt)]
+    return [array.tobytes().hex() for array in arrays]
 
 
-def _unusable(source: SourceConfig, clip: Clip) -> str | None:
-    """Why a clip's text cannot be trained on, if so."""
-    if not normalize_english(clip.text):
-        return "without text"
-    return "without answer" if source.task == "answer" and not (clip.answer or "").strip() else None
+Sourced = tuple[int, Clip]
+"""Index of a source, and one of its rows."""
 
 
-Sourced = tuple[SourceConfig, Clip]
-
-
-def _keep_out(clips: list[Sourced], count: int) -> tuple[list[Sourced], list[Sourced]]:
+def _keep_out(sources: Sequence[SourceConfig], rows: list[Sourced], count: int) -> tuple[list[Sourced], list[Sourced]]:
     """A fixed few clips of the first transcribed source for "WER so far", chosen by hash; and all without their texts.
 
     They come from the training split, at most a tenth of it: the held-out split stays unseen. Clips of a few words are
     preferred, since one long clip would be most of the words and of the time that decoding takes.
     """
-    first = next((source for source, _ in clips if source.task == "transcription"), None)
-    candidates = [(source, clip) for source, clip in clips if source is first and normalize_english(clip.text)]
+    first = next((index for index, source in enumerate(sources) if source.task == "transcription"), None)
+    candidates = [(index, clip) for index, clip in rows if index == first and normalize_english(clip.text)]
     candidates.sort(key=lambda pair: hashlib.sha256(pair[1].id.encode()).digest())
     count = min(count, len(candidates) // 10)
     handy = [pair for pair in candidates if PROGRESS_SECONDS[0] <= pair[1].duration <= PROGRESS_SECONDS[1]]
     progress = (handy if len(handy) >= count else candidates)[:count]
     texts = {normalize_english(clip.text) for _, clip in progress}
-    return progress, [(source, clip) for source, clip in clips if normalize_english(clip.text) not in texts]
+    return progress, [(index, clip) for index, clip in rows if normalize_english(clip.text) not in texts]
 
 
-def _tokenise(source: SourceConfig, clip: Clip, processor: Any, style: Literal["written", "spoken"]) -> Example:
+def make_example(
+    index: int, clip: Clip, template: PromptTemplate, processor: Any, config: RunConfig, source_fingerprint: str
+) -> Example:
+    """The example of a row. UnusableRow when there can be none."""
+    style, tokenizer = config.data.transcript_style, processor.tokenizer
+    is_text = bool(normalize_english(clip.text))
+    if not is_text and "text" in template.columns_needed:
+        raise UnusableRow("without text", clip.id)
     text = spoken_form(clip.text) if style == "spoken" else clip.text
-    input_ids, supervised = render(processor.tokenizer, messages_for(replace(clip, text=text), source.task))
-    ids = np.asarray(input_ids, dtype=np.int64)
-    if (count := int((ids == processor.audio_token_index).sum())) != 1:
-        raise DataError(f"the prompt of {clip.id} has {count} <|audio|> tokens, expected 1: is one in its text?")
+    styled = replace(clip, text=text)
+    prompts = [
+        tokenise(styled, template, prompt, tokenizer, processor.audio_token_index)
+        for prompt in range(template.num_prompts)
+    ]
     # With a space in front, a word is the same token at the beginning as in the middle: CTC has fewer to tell apart.
-    transcript = np.asarray(processor.tokenizer.encode(f" {text}", add_special_tokens=False), dtype=np.int64)
-    return Example(clip.id, source.name, clip.text, source.repeat, ids, np.asarray(supervised, dtype=bool), transcript)
+    transcript = np.asarray(tokenizer.encode(f" {text}", add_special_tokens=False) if is_text else [], dtype=np.int64)
+    recordings = [audio for audio, _ in template.recordings(clip)]
+    return Example(clip.id, uid(source_fingerprint, clip.id), index, clip.text, recordings, prompts, transcript)

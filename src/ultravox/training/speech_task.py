@@ -1,41 +1,32 @@
 """What the tasks on speech have in common: batches of examples, features, parameter groups, the trainable state."""
 
 import abc
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ultravox.audio.lengths import num_audio_tokens
+from ultravox.audio.effects import EffectSettings, WaveformAugmenter
 from ultravox.config.schema import StageConfig
-from ultravox.data.loader import BatchOrder
+from ultravox.data.fingerprint import fingerprint
+from ultravox.data.mixture import Mixture
+from ultravox.data.order import DataOrder, PlannedBatch, Position
+from ultravox.data.plan import Limits, Mode
+from ultravox.data.stream_order import StreamOrder
 from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import word_error_rate
+from ultravox.training.batches import BatchMaker, SpeechBatch
+from ultravox.training.features import augment
+from ultravox.training.memory_model import MemoryModel, OfLongest
 from ultravox.training.optim import ParameterGroup
-from ultravox.training.speech import Example, SpeechData, augment
-from ultravox.training.task import LossOutput, Position
+from ultravox.training.speech import Example, SpeechData, source_key
+from ultravox.training.task import LossOutput
 
+BEGINNING = Position()
 PARTS = {"projector": "multi_modal_projector.", "language_model": "language_model.", "audio_encoder": "audio_tower."}
-
-
-@dataclass(slots=True)
-class SpeechBatch:
-    """Examples at a speed each, and what the cache keeps of them."""
-
-    ids: list[str]
-    examples: list[Example]
-    versions: list[int]
-    values: Tensor
-    """[window, step, channel]."""
-    lengths: Tensor
-    """[window]."""
-    augment_seed: tuple[int | str, ...]
-
-    @property
-    def audio_seconds(self) -> float:
-        return sum(example.seconds[version] for example, version in zip(self.examples, self.versions, strict=True))
 
 
 class SpeechTask(abc.ABC):
@@ -43,65 +34,134 @@ class SpeechTask(abc.ABC):
 
     parts: tuple[str, ...]
     """Parts of the model that this objective trains, where they train at all."""
-    budget_counts_padding: bool = True
-    """Whether padding counts in `max_batch_tokens`; packed rows have none."""
+    plan_mode: Mode = "padded"
+    """How the plan fills `max_batch_tokens`."""
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.model, self.tokenizer, self.data, self.stage, self.seed = model, processor.tokenizer, data, stage, seed
-        self.features, self.stack_factor = data.features, model.config.stack_factor
+        self.features = data.features
         self.trainable = data.trainable
         self.extra: nn.Module | None = None
         """Parameters of the objective itself."""
         self.left_out: list[str] = []
         """The example of each version that this objective cannot use."""
-        chosen = [e for e in data.examples if stage.sources is None or e.source in stage.sources]
-        self.examples, lengths = self._select(chosen)
-        repeats = [example.repeat for example in self.examples]
-        self._order = BatchOrder(
-            lengths, repeats, stage.max_batch_tokens, seed, count_padding=self.budget_counts_padding
+        chosen = [e for e in data.examples if stage.sources is None or data.sources[e.source].name in stage.sources]
+        waveform = stage.augment.waveform
+        augmenter = WaveformAugmenter(EffectSettings(**waveform.model_dump())) if waveform.active else None
+        self.maker = self._maker(chosen, from_cache=data.uses_cache(stage), augmenter=augmenter)
+        self.examples, self.audio_tokens, self.text_tokens = self._select(chosen)
+        self.maker.examples = self.examples
+        self.order = self._planned(Limits(stage.max_batch_tokens, self.plan_mode))
+        self.memory: MemoryModel | None = None
+
+    def limit_memory(self, memory: MemoryModel, max_bytes: int) -> None:
+        """Plan anew, with batches that are predicted to take no more than `max_bytes` beside what is in use before."""
+        self.memory = memory
+        self.order = self._planned(Limits(self.stage.max_batch_tokens, self.plan_mode, OfLongest(memory), max_bytes))
+
+    def _planned(self, limits: Limits) -> DataOrder | StreamOrder:
+        if self.data.stream is not None:
+            return self.data.stream.order(self._select, limits, seed=self.seed)
+        return DataOrder(
+            self.audio_tokens,
+            self.text_tokens,
+            self._mixture(),
+            limits,
+            seed=self.seed,
+            fingerprint=fingerprint([example.uid for example in self.examples]),
         )
 
-    @abc.abstractmethod
-    def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
-        """The examples that can be trained on, and the tokens of each of their versions (0 = left out)."""
+    def _mixture(self) -> Mixture:
+        """How often the chosen examples of each source come."""
+        counts = Counter(example.source for example in self.examples)
+        sources = {source_key(self.data.sources[index]): index for index in sorted(counts)}
+        sizes = {key: counts[index] for key, index in sources.items()}
+        configs = {key: self.data.sources[index] for key, index in sources.items()}
+        if (temperature := self.data.temperature) is not None:
+            return Mixture(sizes, temperature=temperature, seed=self.seed)
+        if weights := {key: source.weight for key, source in configs.items() if source.weight is not None}:
+            return Mixture(sizes, weights=weights, seed=self.seed)
+        repeats = {key: 1.0 if source.repeat is None else source.repeat for key, source in configs.items()}
+        return Mixture(sizes, repeats=repeats, seed=self.seed)
 
     @abc.abstractmethod
+    def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
+        """The examples that can be trained on, in their order, and their lengths.
+
+        Lengths: audio tokens [example, version] and text tokens [example, prompt]; 0 = that one is left out.
+        """
+
     def loss(self, batch: SpeechBatch) -> LossOutput:
-        """Forward pass."""
+        """See `Task`. DataError when too many recordings of the run could not be decoded."""
+        self.data.set_aside(batch.faults, batch.num_rows, batch.epoch)
+        return self._loss(batch) if batch.ids else LossOutput(torch.zeros(()), 0, 0.0, 0)
+
+    @abc.abstractmethod
+    def _loss(self, batch: SpeechBatch) -> LossOutput:
+        """Forward pass of a batch that is not empty."""
 
     @abc.abstractmethod
     def transcribe(self, examples: list[Example]) -> list[str]:
         """What the model makes of each example's first version."""
 
-    def audio_tokens(self, example: Example, version: int) -> int:
-        """Language model positions of one version's audio."""
-        return sum(num_audio_tokens(frames, self.stack_factor) for frames in example.window_frames[version])
+    def batch(self, position: Position = BEGINNING) -> SpeechBatch:
+        """One batch, made here and now."""
+        return self.make_batch(self.order.batch(*position), position)
 
-    def num_batches(self, epoch: int) -> int:
+    def make_batch(self, planned: PlannedBatch, position: Position) -> SpeechBatch:
+        """The batch at a place of the plan: a pure function of the two."""
+        batch = self.maker.planned(planned, position.epoch)
+        batch.augment_seed = (self.seed, self.stage.name, *position)
+        return batch
+
+    def halves(self, batch: SpeechBatch) -> list[SpeechBatch]:
         """See `Task`."""
-        return self._order.num_batches(epoch)
+        return batch.halves()
 
-    def batch(self, position: Position) -> SpeechBatch:
-        """See `Task`."""
-        items = self._order.batch(position.epoch, position.batch)
-        examples, versions = [self.examples[item.example] for item in items], [item.version for item in items]
-        return self.load(examples, versions, (self.seed, self.stage.name, position.epoch, position.batch))
+    def first_versions(self, examples: list[Example]) -> SpeechBatch:
+        """Examples at their first speed, with their first prompt, as they are."""
+        return self._maker(examples, from_cache=self.data.cached).first()
 
-    def load(
-        self, examples: Sequence[Example], versions: Sequence[int], seed: tuple[int | str, ...] = ()
-    ) -> SpeechBatch:
-        """Examples at chosen versions."""
-        names = [example.names[version] for example, version in zip(examples, versions, strict=True)]
-        values, lengths = self.features.load(names)
-        return SpeechBatch([e.id for e in examples], list(examples), list(versions), values, lengths, seed)
+    def _maker(
+        self, examples: list[Example], *, from_cache: bool, augmenter: WaveformAugmenter | None = None
+    ) -> BatchMaker:
+        return BatchMaker(
+            examples,
+            self.features,
+            self.model.config.stack_factor,
+            from_cache=from_cache,
+            max_audio_seconds=self.data.max_audio_seconds,
+            augmenter=augmenter,
+            seed=self.seed,
+        )
 
     def audio_embeddings(self, batch: SpeechBatch, *, augmented: bool) -> tuple[Tensor, Tensor]:
-        """Projected audio of a batch: [window, token, hidden] and lengths [window]."""
-        frames, lengths = self.features.frames(batch.values, batch.lengths)
+        """Projected audio of a batch that has some: [window, token, hidden] and lengths [window]."""
+        frames, lengths = self.features.frames(batch.values, batch.lengths, encoded=batch.encoded)
         if augmented:
             rate = self.model.audio_tower.frames_per_second
             frames = augment(frames, lengths, self.stage.augment, batch.augment_seed, rate)
         return self.model.project(frames, lengths)
+
+    def stream_state(self, position: Position) -> dict[str, Any] | None:
+        """What `go_to` needs beside a position; None where a position says all."""
+        return self.order.state(position) if isinstance(self.order, StreamOrder) else None
+
+    def go_to(self, position: Position, stream_state: dict[str, Any] | None) -> None:
+        """Before the first batch: let the plan begin at a position. CheckpointError when it is another stream's."""
+        if isinstance(self.order, StreamOrder) and stream_state is not None:
+            self.order.go_to(position, stream_state)
+
+    def mixture(self, epochs: int) -> dict[str, dict[str, float]]:
+        """Of each source, the share of the examples that was asked for, and what it is over so many whole epochs."""
+        if isinstance(self.order, StreamOrder):
+            return {source_key(source): {"requested": 1.0, "realised": 1.0} for source in self.data.sources}
+        mixture = self.order.mixture
+        counts = dict(zip(mixture.names, mixture.drawn_before(max(1, epochs)), strict=True))
+        total = sum(counts.values())
+        return {
+            name: {"requested": mixture.requested[name], "realised": count / total} for name, count in counts.items()
+        }
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """What trains in this stage; a part with rate 0 stands still."""
@@ -121,7 +181,7 @@ class SpeechTask(abc.ABC):
     def train_mode(self) -> None:
         """Dropout where the base models have it; a frozen encoder stays as it is for inference."""
         self.model.train()
-        self.model.audio_tower.train(self.features.live)
+        self.model.audio_tower.train(self.features.trains)
 
     def evaluate(self) -> dict[str, float]:
         """Word error rate on the clips that were kept out of training."""
@@ -151,3 +211,11 @@ class SpeechTask(abc.ABC):
                 if tensor.shape != state[name].shape:
                     raise CheckpointError(f"{name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
                 tensor.copy_(state[name])
+
+
+def padded_rows(lengths: list[list[int]]) -> np.ndarray:
+    """Rows of different lengths as one array, int32 [row, most], filled up with zeros."""
+    padded = np.zeros((len(lengths), max(map(len, lengths), default=1)), dtype=np.int32)
+    for row, values in zip(padded, lengths, strict=True):
+        row[: len(values)] = values
+    return padded

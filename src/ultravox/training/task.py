@@ -9,14 +9,6 @@ from torch import Tensor
 from ultravox.training.optim import ParameterGroup
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """A place in the endless order of the data: the next batch of an epoch. Both count from 0."""
-
-    epoch: int = 0
-    batch: int = 0
-
-
 @dataclass(slots=True)
 class LossOutput:
     """One batch's loss as a sum and what it is a sum over; never an average, so that batches of any size add up."""
@@ -38,19 +30,41 @@ class Batch(Protocol):
     def ids(self) -> Sequence[str]: ...
 
 
+class LoadedBatch(Protocol):
+    """A batch and its place, as the data's loader has made it."""
+
+    @property
+    def batch(self) -> Any: ...
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def worker(self) -> int: ...
+
+    @property
+    def position(self) -> tuple[int, int, int]: ...
+
+
+class LoadedStep(Protocol):
+    """The batches of one step, and where the next one begins."""
+
+    @property
+    def batches(self) -> Sequence[LoadedBatch]: ...
+
+    @property
+    def after(self) -> tuple[int, int, int]: ...
+
+
 class Task(Protocol):
-    """One objective on one set of examples."""
-
-    def num_batches(self, epoch: int) -> int:
-        """Batches in an epoch, at least 1."""
-        ...
-
-    def batch(self, position: Position) -> Any:
-        """The batch at a place: a pure function of it (augmentation too), so that resuming repeats it. See `Batch`."""
-        ...
+    """One objective. Its batches are pure functions of their place in the plan, so that resuming repeats them."""
 
     def loss(self, batch: Any) -> LossOutput:
         """Forward pass."""
+        ...
+
+    def halves(self, batch: Any) -> Sequence[Any]:
+        """A batch of several examples as two, for when it does not fit into memory."""
         ...
 
     def parameter_groups(self) -> list[ParameterGroup]:

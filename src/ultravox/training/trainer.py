@@ -2,8 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,7 +13,8 @@ import torch
 from ultravox.errors import UltravoxError
 from ultravox.training.interrupt import StopRequest, TrainingInterrupted
 from ultravox.training.optim import Optimizer, lr_factor
-from ultravox.training.task import LossOutput, Position, Task
+from ultravox.training.splitting import run_with_splitting
+from ultravox.training.task import LoadedBatch, LoadedStep, LossOutput, Task
 
 #: A loss so many times the usual one is a spike; the usual one is a running mean over about 1 / SMOOTHING steps.
 SPIKE_FACTOR = 3.0
@@ -24,7 +27,6 @@ class LoopSettings:
 
     stage: str
     max_steps: int
-    accumulation_steps: int = 1
     warmup_steps: int = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr_share: float = 0.0
@@ -56,11 +58,14 @@ class LoopState:
 
     step: int = 0
     epoch: int = 0
+    window: int = 0
     batch: int = 0
     skipped_in_row: int = 0
     skipped: int = 0
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    """How long steps have waited for their batches."""
     audio_seconds: float = 0.0
     num_tokens: int = 0
     usual_loss: float = 0.0
@@ -84,11 +89,16 @@ class StepRecord:
     num_tokens: int
     elapsed_seconds: float
     """In this stage, over all its resumptions."""
+    data_wait_seconds: float = 0.0
+    """In this step."""
+    batches: Sequence[LoadedBatch] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     skipped_ids: list[str] | None = None
     """The examples of a step that was not taken, because its loss or gradient was not finite."""
     spike_ids: list[str] | None = None
     """The examples of a step whose loss stands far above the usual."""
+    split_ids: list[list[str]] | None = None
+    """The examples of each batch that did not fit into memory, and was run in halves."""
 
 
 class Callback(Protocol):
@@ -103,6 +113,7 @@ def run_stage(
     task: Task,
     optimizer: Optimizer,
     settings: LoopSettings,
+    load: Callable[[LoopState], Iterator[LoadedStep]],
     *,
     state: LoopState | None = None,
     callbacks: Sequence[Callback] = (),
@@ -115,6 +126,7 @@ def run_stage(
         task: the objective.
         optimizer: over the task's parameter groups.
         settings: of the stage.
+        load: the endless steps' batches, from a state's epoch, window and batch on.
         state: where to go on; None = at the beginning.
         callbacks: watchers.
         save: writes a checkpoint; called at `checkpoint_every`, at the end, and before stopping on a signal.
@@ -127,8 +139,29 @@ def run_stage(
     state = state or LoopState()
     begin = time.monotonic() - state.seconds
     task.train_mode()
+    with closing(load(state)) as steps:  # type: ignore[type-var]
+        _run(task, optimizer, settings, steps, state, begin, callbacks, save, stop)
+    return state
+
+
+def _run(
+    task: Task,
+    optimizer: Optimizer,
+    settings: LoopSettings,
+    steps: Iterator[LoadedStep],
+    state: LoopState,
+    begin: float,
+    callbacks: Sequence[Callback],
+    save: Callable[[LoopState], None],
+    stop: StopRequest | None,
+) -> None:
     while state.step < settings.max_steps:
-        record = _step(task, optimizer, settings, state)
+        waiting = time.monotonic()
+        loaded = next(steps)
+        wait = time.monotonic() - waiting
+        record = _step(task, optimizer, settings, state, loaded)
+        record.data_wait_seconds = wait
+        state.data_wait_seconds += wait
         state.seconds = record.elapsed_seconds = time.monotonic() - begin
         for callback in callbacks:
             callback.on_step(record)
@@ -147,31 +180,33 @@ def run_stage(
         if stop and not last:
             assert stop.signal_number is not None
             raise TrainingInterrupted(stop.signal_number)
-    return state
 
 
-def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopState) -> StepRecord:
+def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopState, loaded: LoadedStep) -> StepRecord:
     """One optimizer step: gradients of the loss sums of all micro-batches, divided by their common count."""
     optimizer.zero_grad()
     loss_sum = count = audio_seconds = 0.0
     num_tokens = 0
     metrics: dict[str, float] = {}
     ids: list[str] = []
-    for _ in range(settings.accumulation_steps):
-        batch = task.batch(Position(state.epoch, state.batch))
+    splits: list[list[str]] = []
+    for batch in (item.batch for item in loaded.batches):
         ids.extend(batch.ids)
-        output: LossOutput = task.loss(batch)
-        if math.isfinite(value := output.sum.item()) and output.sum.requires_grad:
-            output.sum.backward()
-        loss_sum += value
-        count += output.count
-        audio_seconds += output.audio_seconds
-        num_tokens += output.num_tokens
-        for name, number in output.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + number
-        state.batch += 1
-        if state.batch == task.num_batches(state.epoch):
-            state.epoch, state.batch = state.epoch + 1, 0
+        outputs = run_with_splitting(
+            partial(_forward_and_backward, task),
+            batch,
+            task.halves,
+            lambda whole, _: splits.append(list(whole.ids)),
+            parameters=optimizer.parameters,
+        )
+        for output in outputs:
+            loss_sum += output.sum.item()
+            count += output.count
+            audio_seconds += output.audio_seconds
+            num_tokens += output.num_tokens
+            for name, number in output.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + number
+    state.epoch, state.window, state.batch = loaded.after
     factor = settings.lr_factor(state.step)
     norm = math.nan
     if math.isfinite(loss_sum) and count > 0:
@@ -196,10 +231,21 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
         audio_seconds=audio_seconds,
         num_tokens=num_tokens,
         elapsed_seconds=0.0,
+        batches=loaded.batches,
         metrics={name: number / count for name, number in metrics.items()} if count else {},
         skipped_ids=None if taken else ids,
         spike_ids=ids if taken and is_spike else None,
+        split_ids=splits or None,
     )
+
+
+def _forward_and_backward(task: Task, batch: Any) -> LossOutput:
+    """Loss of a batch, whose gradients are added to what is there; the graph is gone afterwards."""
+    output = task.loss(batch)
+    if output.sum.requires_grad and math.isfinite(output.sum.item()):
+        output.sum.backward()
+    output.sum = output.sum.detach()
+    return output
 
 
 def _evaluate(task: Task, settings: LoopSettings, state: LoopState, callbacks: Sequence[Callback]) -> None:

@@ -3,16 +3,19 @@
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ultravox.config.schema import StageConfig
-from ultravox.data.collate import collate_tokens, loss_mask
+from ultravox.data.collate import TokenBatch, collate_tokens, loss_mask
 from ultravox.model.adapters import lora_layers, merged_lora
-from ultravox.model.fast_attention import Packing, takes_packed_rows
+from ultravox.model.fusion import check_counts
+from ultravox.model.packing import find_packer
 from ultravox.objectives.cross_entropy import cross_entropy
+from ultravox.training.batches import SpeechBatch
 from ultravox.training.speech import Example, SpeechData
-from ultravox.training.speech_task import SpeechBatch, SpeechTask
+from ultravox.training.speech_task import SpeechTask, padded_rows
 from ultravox.training.task import LossOutput
 
 
@@ -23,47 +26,46 @@ class TuneTask(SpeechTask):
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.audio_token_id = int(model.config.audio_token_index)
-        self._packs = takes_packed_rows(model.get_decoder())
-        self.budget_counts_padding = not self._packs
+        self._packer = find_packer(model.language_model, stage.packing)
+        self.plan_mode = "padded" if self._packer is None else self._packer.plan_mode
         super().__init__(model, processor, data, stage, seed)
         self.pad_token_id = int(self.tokenizer.pad_token_id)
-        kind = stage.tune.loss_mask
-        self._masks = {id(e): loss_mask(e.input_ids, e.supervised, self.audio_token_id, kind) for e in self.examples}
 
-    def _select(self, examples: list[Example]) -> tuple[list[Example], list[list[int]]]:
-        """All examples; their length is text and audio together."""
-        rows = [
-            [len(e.input_ids) - 1 + self.audio_tokens(e, version) for version in range(len(e.names))] for e in examples
-        ]
-        width = max(map(len, rows), default=0)
-        return examples, [row + [0] * (width - len(row)) for row in rows]
+    def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
+        """All examples. Each placeholder gives its place to the first position of its recording."""
+        audio = [[self.maker.planned_tokens(version) for version in e.versions] for e in examples]
+        text = [[len(ids) - len(e.recordings) for ids, _ in e.prompts] for e in examples]
+        return examples, padded_rows(audio), padded_rows(text)
 
-    def loss(self, batch: SpeechBatch) -> LossOutput:
+    def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum of the supervised tokens' cross-entropies, and their number."""
-        embeddings, token_lengths = self.audio_embeddings(batch, augmented=True)
-        counts = [[self.audio_tokens(e, v)] for e, v in zip(batch.examples, batch.versions, strict=True)]
+        audio = self.audio_embeddings(batch, augmented=True) if len(batch.lengths) else None
+        kind = self.stage.tune.loss_mask
+        rows = zip(batch.input_ids, batch.supervised, strict=True)
         tokens = collate_tokens(
             batch.ids,
-            [example.input_ids for example in batch.examples],
-            [self._masks[id(example)] for example in batch.examples],
-            counts,
+            batch.input_ids,
+            [loss_mask(ids, supervised, self.audio_token_id, kind) for ids, supervised in rows],
+            batch.audio_tokens,
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
         )
-        inputs = self.model.embed(tokens.input_ids, embeddings, token_lengths)
-        hidden = self._hidden_states(inputs, tokens.mask)
-        total, count = self._cross_entropy(hidden, tokens.labels)
+        inputs, labels, arguments = self._inputs(tokens, audio)
+        hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
+        total, count = self._cross_entropy(hidden, labels)
         return LossOutput(total, count, batch.audio_seconds, tokens.num_tokens)
 
-    def _hidden_states(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden states of right-padded sequences, [row, token, hidden]."""
-        decoder = self.model.get_decoder()
-        if self._packs:
-            packing = Packing.of(mask)
-            output = decoder(inputs_embeds=packing.pack(inputs), use_cache=False, **packing.arguments(inputs))
-            return packing.unpack(output.last_hidden_state)
-        # Padding is on the right, where a causal model cannot look from: no mask is needed, and attention is faster.
-        return decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    def _inputs(self, tokens: TokenBatch, audio: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Embeddings [row, token, hidden], labels [row, token], and what else the language model is told."""
+        heard = audio or ()
+        if self._packer is None:
+            # Padding is on the right, where a causal model cannot look from: no mask is needed; attention is faster.
+            return self.model.embed(tokens.input_ids, *heard), tokens.labels, {}
+        if audio is not None:
+            check_counts((tokens.input_ids == self.audio_token_id).sum(1), audio[1])  # while rows can be named
+        packed = self._packer.pack(tokens.mask)
+        joined = self.model.embed(tokens.input_ids[tokens.mask][None], *heard)[0]
+        return packed.place(joined), packed.place_labels(tokens.labels, tokens.mask), packed.arguments
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         head = self.model.get_output_embeddings()
@@ -76,14 +78,15 @@ class TuneTask(SpeechTask):
 
     def transcribe(self, examples: list[Example]) -> list[str]:
         """Greedy decoding of the answers, all at once."""
-        batch = self.load(examples, [0] * len(examples))
+        batch = self.first_versions(examples)
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=False)
-        prompts = [e.input_ids[: int(e.supervised.argmax())] for e in examples]
+        rows = zip(batch.input_ids, batch.supervised, strict=True)
+        prompts = [ids[: int(supervised.argmax())] for ids, supervised in rows]
         tokens = collate_tokens(
             batch.ids,
             prompts,
             [prompt != self.audio_token_id for prompt in prompts],
-            [[self.audio_tokens(example, 0)] for example in examples],
+            batch.audio_tokens,
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
         )

@@ -31,6 +31,8 @@ class JsonLinesLog:
         self._elapsed = record.elapsed_seconds
         if record.skipped_ids is not None:
             self._write(record.stage, record.step, {"skipped_ids": record.skipped_ids})
+        if record.split_ids is not None:
+            self._write(record.stage, record.step, {"split_ids": record.split_ids})
         if record.spike_ids is not None:
             self._write(record.stage, record.step, {"spike_loss": record.loss, "spike_ids": record.spike_ids})
         if record.step % self.log_every == 0 or record.step == record.max_steps:

@@ -12,6 +12,7 @@ class Window:
     audio_seconds: float = 0.0
     num_tokens: int = 0
     loss: float = 0.0
+    data_wait_seconds: float = 0.0
     steps: int = 0
     start: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -20,6 +21,7 @@ class Window:
         """Take in a step. Steps that were not taken have no loss worth averaging."""
         self.audio_seconds += record.audio_seconds
         self.num_tokens += record.num_tokens
+        self.data_wait_seconds += record.data_wait_seconds
         if record.skipped_ids is None:
             self.steps += 1
             self.loss += record.loss
@@ -34,6 +36,7 @@ class Window:
             "loss": self.loss / steps if self.steps else float("nan"),
             "audio_seconds_per_second": self.audio_seconds / seconds,
             "tokens_per_second": self.num_tokens / seconds,
+            "data_wait_share": self.data_wait_seconds / seconds,
             **{name: value / steps for name, value in self.metrics.items()},
         }
         self.__init__(start=record.elapsed_seconds)  # type: ignore[misc]

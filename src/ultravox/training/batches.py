@@ -1,0 +1,189 @@
+"""From places in the plan to what a step computes on. It runs in the loader's thread or processes, without weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ultravox.audio.effects import WaveformAugmenter, generator_for_sample, length_bounds
+from ultravox.audio.lengths import SAMPLE_RATE, num_audio_tokens
+from ultravox.audio.waveform import change_speed, load_waveform
+from ultravox.data.collate import pad_frames
+from ultravox.data.order import PlannedBatch
+from ultravox.data.quarantine import audio_fault
+from ultravox.data.stream_order import StreamedBatch
+from ultravox.errors import AudioError
+from ultravox.training.features import Features
+from ultravox.training.speech import Example, Version
+
+
+@dataclass(slots=True)
+class SpeechBatch:
+    """Rows at a speed and with a prompt each, and what the encoder needs of their recordings, or gave of them."""
+
+    ids: list[str]
+    uids: list[str]
+    sources: list[int]
+    input_ids: list[np.ndarray]
+    """Conversations with one placeholder per recording, each [token]."""
+    supervised: list[np.ndarray]
+    """True on what the assistant says, each [token]."""
+    transcripts: list[np.ndarray]
+    """Tokens of each row's text alone, [token]."""
+    audio_tokens: list[list[int]]
+    """Language model positions of each recording of each row."""
+    num_windows: list[int]
+    """Of each row."""
+    values: Tensor
+    """[window, step, channel]; no window where no row has a recording."""
+    lengths: Tensor
+    """[window]."""
+    encoded: bool
+    """Whether `values` are frames of a frozen encoder."""
+    seconds: list[float]
+    """Of each row's audio."""
+    faults: list[tuple[str, str]]
+    """Reason and name of the recordings that could not be decoded, and of a stream's rows that gave no example."""
+    epoch: int = 0
+    augment_seed: tuple[int | str, ...] = ()
+    num_rows: int = 0
+    """Of a stream: rows that were looked at for this batch and those after it; 0 unless a window begins here."""
+
+    @property
+    def audio_seconds(self) -> float:
+        """Of all rows."""
+        return sum(self.seconds)
+
+    def halves(self) -> "list[SpeechBatch]":
+        """The first and the second half of the rows, each without the other's padding.
+
+        Augmentation of frames is drawn anew for each half.
+        """
+        middle = len(self.ids) // 2
+        cut = sum(self.num_windows[:middle])
+        parts = [(slice(middle), slice(cut)), (slice(middle, None), slice(cut, None))]
+        return [self._part(rows, windows, number) for number, (rows, windows) in enumerate(parts)]
+
+    def _part(self, rows: slice, windows: slice, number: int) -> "SpeechBatch":
+        lengths = self.lengths[windows]
+        return SpeechBatch(
+            self.ids[rows],
+            self.uids[rows],
+            self.sources[rows],
+            self.input_ids[rows],
+            self.supervised[rows],
+            self.transcripts[rows],
+            self.audio_tokens[rows],
+            self.num_windows[rows],
+            self.values[windows, : int(lengths.max())] if len(lengths) else self.values[windows],
+            lengths,
+            self.encoded,
+            self.seconds[rows],
+            [],
+            self.epoch,
+            (*self.augment_seed, number),
+        )
+
+
+Choice = tuple[Example, int, int]
+"""An example, its version, its prompt."""
+
+
+class BatchMaker:
+    """Makes batches of some examples: from the cache, or from the recordings, augmented if wanted."""
+
+    def __init__(
+        self,
+        examples: list[Example],
+        features: Features,
+        stack_factor: int,
+        *,
+        from_cache: bool,
+        max_audio_seconds: float,
+        augmenter: WaveformAugmenter | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.examples, self.features, self.stack_factor = examples, features, stack_factor
+        self.from_cache, self.max_audio_seconds = from_cache, max_audio_seconds
+        self.augmenter, self.seed = augmenter, seed
+        self.encoded = from_cache and not features.trains
+        """Whether windows are the frames of a frozen encoder."""
+
+    def planned(self, batch: PlannedBatch, epoch: int) -> SpeechBatch:
+        """The batch of a plan. Its augmentation is a pure function of the seed, the epoch and each example."""
+        streamed = batch if isinstance(batch, StreamedBatch) else None
+        examples = self.examples if streamed is None else streamed.examples
+        chosen = [examples[row] for row in batch.rows.tolist()]
+        choices = list(zip(chosen, batch.versions.tolist(), batch.prompts.tolist(), strict=True))
+        made = self._make(choices, epoch if streamed is None else streamed.epoch, batch.copies.tolist())
+        if streamed is not None:
+            made.faults[:0], made.num_rows = streamed.left_out, streamed.num_rows
+        return made
+
+    def first(self) -> SpeechBatch:
+        """All examples at their first speed, with their first prompt."""
+        choices = [(example, 0, 0) for example in self.examples]
+        return self._make(choices, 0, [0] * len(choices))
+
+    def audio_tokens(self, frames: Sequence[int]) -> int:
+        """Language model positions of a recording, from the encoder frames of its windows."""
+        return sum(num_audio_tokens(count, self.stack_factor) for count in frames)
+
+    def planned_tokens(self, version: Version) -> int:
+        """Positions that the plan counts for all recordings of a version: the most there can be, where speed varies."""
+        if self.augmenter is None:
+            return sum(self.audio_tokens(frames) for frames in version.frames)
+        _, longest = length_bounds(round(version.seconds * SAMPLE_RATE), self.augmenter.settings.speed)
+        return self.audio_tokens(self.features.expected_frames(longest)) + max(0, len(version.frames) - 1)
+
+    def fewest_tokens(self, version: Version) -> int:
+        """The same where it varies the other way: the fewest there can be."""
+        if self.augmenter is None:
+            return self.planned_tokens(version)
+        shortest, _ = length_bounds(round(version.seconds * SAMPLE_RATE), self.augmenter.settings.speed)
+        return self.audio_tokens(self.features.expected_frames(shortest))
+
+    def _make(self, choices: list[Choice], epoch: int, copies: list[int]) -> SpeechBatch:
+        windows: list[np.ndarray] = []
+        nothing = torch.zeros(0)
+        made = SpeechBatch([], [], [], [], [], [], [], [], nothing, nothing, self.encoded, [], [], epoch)
+        for (example, version_number, prompt), copy in zip(choices, copies, strict=True):
+            version = example.versions[version_number]
+            try:
+                recordings = self._recordings(example, version, epoch, copy)
+            except AudioError as error:
+                made.faults.append((audio_fault(error, example.recordings[0]), example.id))
+                continue
+            made.ids.append(example.id)
+            made.uids.append(example.uid)
+            made.sources.append(example.source)
+            made.input_ids.append(example.prompts[prompt][0])
+            made.supervised.append(example.prompts[prompt][1])
+            made.transcripts.append(example.transcript)
+            made.audio_tokens.append([self.audio_tokens(self.frames(recording)) for recording in recordings])
+            made.num_windows.append(sum(map(len, recordings)))
+            made.seconds.append(version.seconds)
+            windows += [window for recording in recordings for window in recording]
+        if windows:
+            made.values, made.lengths = pad_frames(windows)
+        return made
+
+    def _recordings(self, example: Example, version: Version, epoch: int, copy: int) -> list[list[np.ndarray]]:
+        """The windows of each recording."""
+        if self.from_cache:
+            return [self.features.cached_windows([name]) for name in version.names]
+        found = []
+        for number, audio in enumerate(example.recordings):
+            waveform = change_speed(load_waveform(audio, max_seconds=self.max_audio_seconds), version.speed)
+            if self.augmenter is not None:
+                name = f"{example.uid}/{number}"
+                waveform = self.augmenter(waveform, generator_for_sample(self.seed, epoch, name, copy))
+            found.append(self.features.heard(waveform))
+        return found
+
+    def frames(self, recording: list[np.ndarray]) -> list[int]:
+        """Encoder frames of each window."""
+        steps = [len(window) for window in recording]
+        return steps if self.encoded else self.features.encoder.frame_lengths(torch.tensor(steps)).tolist()
