@@ -143,3 +143,36 @@ def test_batches_are_made_while_the_step_computes():
         time.sleep(0.01)
     stream.close()
     assert made == SEQUENCE[:3]
+
+
+class Pinnable:
+    """A batch that knows how to go to pinned memory."""
+
+    def __init__(self, planned, pinned=False):
+        self.planned, self.pinned = planned, pinned
+
+    def pin_memory(self):
+        return Pinnable(self.planned, True)
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_batches_are_pinned_where_it_is_asked_for(pin_memory):
+    """PyTorch's own pinning needs a GPU, and asks each item for this method."""
+    stream = Loader(Windows(), lambda planned, position: Pinnable(planned), pin_memory=pin_memory).steps(Position())
+    (loaded,) = next(stream).batches
+    stream.close()
+    assert (loaded.batch.pinned, loaded.batch.planned, loaded.position) == (pin_memory, (0, 0, 0), (0, 0, 0))
+    assert loaded.pin_memory().batch.pinned
+
+
+def test_the_loaders_thread_starts_no_threads_beside_the_steps_own():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        stream = Loader(Windows(), lambda planned, position: torch.get_num_threads()).steps(Position())
+        (loaded,) = next(stream).batches
+        stream.close()
+        assert loaded.batch == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

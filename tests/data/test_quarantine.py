@@ -28,3 +28,8 @@ def test_what_the_configuration_asks_for_is_no_fault():
     quarantine = Quarantine()
     quarantine.update({"too long": ["a"], "too short": ["b"], "other language": ["c"]})
     quarantine.require(0.0, 4)
+    assert quarantine.faults() == {}
+    assert quarantine.counts() == {"too long": 1, "too short": 1, "other language": 1}
+    quarantine.add("empty", "d")
+    with pytest.raises(DataError, match=r"1 of 4 clips .*\(1 empty\)"):
+        quarantine.require(0.0, 4)

@@ -28,8 +28,7 @@ def test_exact_when_repeated_and_equal_to_the_committed_list(parts, tmp_path):
 def test_it_learns(parts, tmp_path):
     losses = json.loads(CURVE.read_text())["losses"]
     assert sum(losses[50:60]) < 0.5 * sum(losses[:10]), "alignment"
-    # five seeds gave 0.982 to 0.985
-    assert sum(losses[90:]) < 0.99 * sum(losses[60:70]), "tuning a random language model"
+    assert sum(losses[90:]) < 0.985 * sum(losses[60:70]), "tuning a random language model"
 
 
 def test_live_features_equal_cached_ones(parts, tmp_path):

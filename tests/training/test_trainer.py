@@ -71,7 +71,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_clips_named():
     skipped = [record for record in recorder.records if record.skipped_ids]
     assert len(skipped) == state.skipped == 2, "once per epoch"
     assert all("clip-5" in record.skipped_ids for record in skipped)
-    assert state.skipped_in_row == bool(recorder.records[-1].skipped_ids)
+    assert state.skipped_in_row == 0
     assert all(torch.isfinite(weight).all() for weight in task.trainable_state().values())
 
 

@@ -73,8 +73,6 @@ class WindowSlots:
 def pad_frames(clips: Sequence[np.ndarray]) -> tuple[Float[Tensor, "clip frame channel"], Int[Tensor, " clip"]]:
     """Stack [frame, channel] arrays of any float type into one zero-padded float32 tensor, and their lengths."""
     lengths = [len(clip) for clip in clips]
-    # NumPy, though torch widens float16 several times as fast: this runs in the loader's thread, where torch would
-    # start a second team of OpenMP threads, and the step's own team would go to sleep between any two products.
     padded = np.zeros((len(clips), max(lengths), clips[0].shape[1]), dtype=np.float32)
     for row, clip in zip(padded, clips, strict=True):
         row[: len(clip)] = clip

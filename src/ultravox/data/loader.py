@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from ultravox.data.order import Position, rank_slice
@@ -42,6 +42,11 @@ class Loaded:
     """Where the next step begins."""
     worker: int
     """The process that made it; 0 = none but the step's own."""
+
+    def pin_memory(self) -> "Loaded":
+        """The same with its tensors in pinned memory, if the batch knows how; PyTorch's loader asks for it so too."""
+        pin = getattr(self.batch, "pin_memory", None)
+        return self if pin is None else replace(self, batch=pin())
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ class Loader:
                 # Ahead of the workers too: to plan the next window takes seconds where the corpus is large.
                 made = self._by_workers(stack.enter_context(closing(_ahead(jobs, JOBS_AHEAD))))
             else:
-                made = _ahead(map(_Making(self.make), jobs), self.prefetch)
+                made = _ahead(map(_Making(self.make, self.pin_memory), jobs), self.prefetch)
             stack.enter_context(closing(made))
             while True:
                 batches = [_checked(next(made)) for _ in self.mine]
@@ -168,7 +173,7 @@ def _checked(loaded: "Loaded | UltravoxError") -> Loaded:
 
 def _ahead(items: Iterator[T], count: int) -> Generator[T]:
     """The same items, made up to `count` ahead by a thread."""
-    pool = ThreadPoolExecutor(1, "batches")
+    pool = ThreadPoolExecutor(1, "batches", initializer=_compute_alone)
     try:
         ahead: deque[Future[T]] = deque(pool.submit(next, items) for _ in range(count))
         while True:
@@ -179,11 +184,22 @@ def _ahead(items: Iterator[T], count: int) -> Generator[T]:
         pool.shutdown(cancel_futures=True)
 
 
+def _compute_alone() -> None:
+    """Keep PyTorch from starting threads for this one.
+
+    A second team of OpenMP threads beside the step's own makes more than there are processors, and then the step's team
+    goes to sleep between any two of its products: a quarter of the speed of tuning on two cores.
+    """
+    import torch
+
+    torch.set_num_threads(1)  # of the calling thread, and of those that begin later; the step's own keeps its number
+
+
 class _Making:
     """The plan's jobs made into batches: a function for the thread, a dataset for PyTorch's workers."""
 
-    def __init__(self, make: Callable[[Any, Position], Any]) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[Any, Position], Any], pin_memory: bool = False) -> None:
+        self.make, self.pin_memory = make, pin_memory
 
     def __call__(self, job: Job) -> "Loaded | UltravoxError":
         """The batch; or the user's error as it is, where PyTorch would wrap it into a traceback."""
@@ -195,6 +211,7 @@ class _Making:
             batch = self.make(job.planned, job.position)
         except UltravoxError as error:
             return error
-        return Loaded(batch, job.position, job.index, job.after, worker)
+        loaded = Loaded(batch, job.position, job.index, job.after, worker)
+        return loaded.pin_memory() if self.pin_memory else loaded
 
     __getitem__ = __call__

@@ -1,7 +1,7 @@
 """From places in the plan to what a step computes on. It runs in the loader's thread or processes, without weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,6 +55,10 @@ class SpeechBatch:
     def audio_seconds(self) -> float:
         """Of all rows."""
         return sum(self.seconds)
+
+    def pin_memory(self) -> "SpeechBatch":
+        """The same with its tensors in pinned memory, from where they travel faster to a GPU."""
+        return replace(self, values=self.values.pin_memory(), lengths=self.lengths.pin_memory())
 
     def halves(self) -> "list[SpeechBatch]":
         """The first and the second half of the rows, each without the other's padding.
