@@ -141,7 +141,7 @@ class Shard:
 def index_states(folder: Path) -> dict[str, tuple[int, int, int]]:
     """What tells an index from what was there before it, by the file's name: a new one is a new file."""
     states = {}
-    for shard in find_shards(folder) if folder.is_dir() else ():
+    for shard in find_shards(folder):
         with suppress(FileNotFoundError):
             stat = shard.index.stat()
             states[shard.index.name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -160,8 +160,10 @@ def _bytes_of(rows: np.ndarray) -> memoryview:
 
 
 def find_shards(folder: Path) -> list[Shard]:
-    """All shards of a key's folder by number, broken ones too."""
-    names = {path.stem for suffix in ("bin", "idx") for path in folder.glob(f"[0-9]*.{suffix}")}
+    """All shards of a key's folder by number, broken ones too; none of a folder that is gone, also just now."""
+    names: set[str] = set()
+    with suppress(FileNotFoundError):  # another process clears it
+        names = {path.stem for path in folder.iterdir() if path.suffix in (".bin", ".idx")}
     return [Shard(folder, int(name)) for name in sorted(names) if name.isdigit()]
 
 
