@@ -22,7 +22,8 @@ from ultravox.data.sample_log import SampleLog
 from ultravox.files import atomic_write
 from ultravox.model.factory import build_model, build_processor
 from ultravox.training.optim import Optimizer
-from ultravox.training.speech import prepare_speech, source_key
+from ultravox.training.rows import source_key
+from ultravox.training.speech import prepare_speech
 from ultravox.training.trackers.samples import StepSamples, samples_folder
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
 from ultravox.training.tune import TuneTask

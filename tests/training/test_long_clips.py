@@ -12,8 +12,9 @@ from ultravox.audio.waveform import load_waveform, write_waveform
 from ultravox.data.manifest import Clip, write_dataset
 from ultravox.data.sources import load_clips
 from ultravox.model.factory import build_model, build_processor, load_model
+from ultravox.training.features import Features
 from ultravox.training.run import run_training
-from ultravox.training.speech import Features, prepare_speech
+from ultravox.training.speech import prepare_speech
 
 SECONDS = (30.01, 30.0, 31.0, 60.02, 2.0)
 

@@ -339,7 +339,7 @@ def test_features_of_normalised_and_of_raw_samples_are_kept_apart(tiny_model):
     from transformers import HubertConfig
 
     from ultravox.model.audio_encoder import WaveformAudioEncoder
-    from ultravox.training.speech import Features
+    from ultravox.training.features import Features
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = HubertConfig(**small, conv_dim=(8,) * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)

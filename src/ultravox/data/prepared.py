@@ -169,6 +169,15 @@ def shard_clips(path: Path) -> Iterator[Clip]:
         raise DataError(f"{path} cannot be read ({error}): run `ultravox data prepare --overwrite`") from error
 
 
+def read_group(path: Path, group: int) -> list[Clip]:
+    """The clips of one row group of a shard, without their audio. DataError when it cannot be read."""
+    try:
+        rows = _open_shard(path).read_row_group(group, columns=CLIP_COLUMNS, use_threads=False).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read ({error}): run `ultravox data prepare --overwrite`") from error
+    return [_clip(row, path, group, place) for place, row in enumerate(rows)]
+
+
 def read_index(folder: str | Path, split: str) -> PreparedIndex:
     """The index of a split. No shard is opened; 10 million rows take about 0.4 GB of memory."""
     path = Path(folder).expanduser() / _split(folder, split)["index"]["file"]

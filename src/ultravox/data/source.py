@@ -6,10 +6,12 @@ means is found in `ultravox.data.sources`.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ultravox.audio.content import Audio
 from ultravox.audio.segment import AudioSegment
@@ -48,6 +50,11 @@ class SourceSpec:
         """The name as a place on this machine."""
         return Path(self.name).expanduser()
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether every row that can be used is."""
+        return self.filters == Filters() and self.max_clips is None and self.max_hours is None
+
     def options(self) -> dict[str, Any]:
         """All that decides which clips come, apart from where they lie."""
         names = ("split", "subset", "revision", "filters", "max_clips", "max_hours", "needs_audio")
@@ -59,6 +66,8 @@ class Source(ABC):
 
     licence: str = ""
     attribution: str = ""
+    reads_again: bool = False
+    """Whether any row is read quickly (`at`), so that none needs to be kept. Such a source has no faulty rows."""
     root: Path | None = None
     """The folder that its files lie in; its fingerprint does not tell where that is."""
 
@@ -77,6 +86,10 @@ class Source(ABC):
     @abstractmethod
     def rows(self) -> Iterator[Row]:
         """The rows of the split, one by one. DataError where the source itself, not a row, is broken."""
+
+    def at(self, rows: np.ndarray | None) -> Sequence[Clip]:
+        """The clips of some rows, [clip], by their numbers (None = of all), where `reads_again`."""
+        raise NotImplementedError(f"{self.name} is read from its beginning to its end alone")
 
     def clips(self) -> Iterator[Clip]:
         """The clips of the split, one by one, unfiltered.

@@ -5,13 +5,15 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ultravox.audio.content import NO_AUDIO
 from ultravox.data.audio_folder import AudioFolderSource, metadata_files
@@ -86,6 +88,8 @@ class DatasetSource(Source):
 class PreparedSource(ShardedSource):
     """What ``ultravox data prepare`` wrote; its columns are ours already."""
 
+    reads_again = True
+
     def __init__(self, spec: SourceSpec) -> None:
         super().__init__(spec)
         self.root = spec.path
@@ -116,10 +120,13 @@ class PreparedSource(ShardedSource):
         for number, clip in enumerate(islice(self._prepared.shard_clips(self._shards[shard]), start, None), start):
             yield f"{self.name}, shard {shard}, row {number}", clip
 
+    def at(self, rows: np.ndarray | None) -> Sequence[Clip]:
+        from ultravox.data.prepared_clips import PreparedClips
+
+        return PreparedClips(self.spec.path, self.spec.split, rows)
+
     def fingerprint(self) -> str:
-        """Of a stream: the options, and what is known of all content."""
-        if not self.spec.streaming:
-            return super().fingerprint()
+        """Of the options, and of all content by the hashes of its files: no row is read."""
         return hashlib.sha256(repr((self.spec.options(), self._info["fingerprint"])).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -199,7 +206,7 @@ def open_source(spec: SourceSpec) -> Source:
 class LoadedSource:
     """The clips of a source that are used, and those that are not."""
 
-    clips: list[Clip]
+    clips: Sequence[Clip]
     left_out: dict[str, list[str]]
     """Reason → ids: rows that cannot be used, and those outside the filters."""
     fingerprint: str
@@ -219,11 +226,14 @@ def load_source(spec: SourceSpec, on_progress: Callable[[int], None] | None = No
         DataError: the source is broken, or no clip is left.
     """
     source = open_source(spec)
+    if source.reads_again and spec.takes_all and (every := source.at(None)):
+        return LoadedSource(every, {}, source.fingerprint(), len(every))
     digest, quarantine = Fingerprint(source), Quarantine()
     clips: list[Clip] = []
+    places: list[int] = []
     most_seconds = float("inf") if spec.max_hours is None else spec.max_hours * 3600
     num_rows, seconds, languages = 0, 0.0, set()
-    for _, found in unrepeated(source.rows()):
+    for _, found in source.rows() if source.reads_again else unrepeated(source.rows()):
         num_rows += 1
         if on_progress is not None:
             on_progress(num_rows)
@@ -237,19 +247,24 @@ def load_source(spec: SourceSpec, on_progress: Callable[[int], None] | None = No
         seconds += total_seconds(found)
         if seconds > most_seconds:
             break
-        clips.append(found)
-        digest.add(found)
-        if len(clips) == spec.max_clips:
+        if source.reads_again:
+            places.append(num_rows - 1)
+        else:
+            clips.append(found)
+            digest.add(found)
+        if max(len(clips), len(places)) == spec.max_clips:
             break
     if not num_rows:
         raise DataError(f"{spec.name}, split {spec.split}, holds no clips")
-    if not clips:
+    if not clips and not places:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(quarantine.counts().items()))
         seen = f"; its languages: {', '.join(sorted(languages))}" if spec.filters.languages else ""
         raise DataError(
             f"{spec.name}, split {spec.split}: no clip is left of {num_rows} "
             f"({reasons or 'the first is longer than max_hours'}{seen}): check its filters and its columns"
         )
+    if source.reads_again:
+        return LoadedSource(source.at(np.array(places)), quarantine.reasons, source.fingerprint(), num_rows)
     return LoadedSource(clips, quarantine.reasons, digest.hexdigest(), num_rows)
 
 

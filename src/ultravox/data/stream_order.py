@@ -8,7 +8,7 @@ epoch, for how many there are in one is not known; `epochs` tells of the stream'
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ _STREAM = 4  # what a plan is for, in its seed
 class Examples(NamedTuple):
     """What the clips of a window have become."""
 
-    examples: list[Any]
+    examples: Sequence[Any]
     """Each has an `id` and a `uid`."""
     audio_tokens: np.ndarray
     """Of each version, int [example, version]; 0 = that version does not exist."""
@@ -186,6 +186,6 @@ class StreamOrder:
         fits = longest <= self._limits.max_batch_tokens
         if fits.all():
             return found
-        kept, gone = ([found.examples[i] for i in np.flatnonzero(which)] for which in (fits, ~fits))
+        kept, gone = ([found.examples[i] for i in np.flatnonzero(which).tolist()] for which in (fits, ~fits))
         left_out = found.left_out + [(TOO_MANY_TOKENS, example.id) for example in gone]
         return Examples(kept, found.audio_tokens[fits], found.text_tokens[fits], left_out)

@@ -9,8 +9,9 @@ from ultravox.config.schema import StageConfig
 from ultravox.errors import DataError
 from ultravox.objectives.alignment import CtcAlignment
 from ultravox.training.batches import SpeechBatch
-from ultravox.training.speech import Example, SpeechData
-from ultravox.training.speech_task import SpeechTask, padded_rows
+from ultravox.training.examples import Example, ExampleTable
+from ultravox.training.speech import SpeechData
+from ultravox.training.speech_task import SpeechTask
 from ultravox.training.task import LossOutput
 
 
@@ -21,32 +22,30 @@ class AlignTask(SpeechTask):
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         super().__init__(model, processor, data, stage, seed)
-        vocabulary = np.unique(np.concatenate([example.transcript for example in self.examples]))
+        found = [data.vocabularies[source] for source in np.unique(self.examples.sources).tolist()]
+        vocabulary = np.unique(np.concatenate(found))
         table = model.get_input_embeddings().weight
         self.alignment = CtcAlignment(table, torch.from_numpy(vocabulary), stage.align.match_weight)
         self.extra = self.alignment
 
-    def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
+    def _select(self, examples: ExampleTable) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
         """CTC needs a position for each token, and a blank between equal neighbours; versions without are left out.
 
         So are rows of several recordings, of more than a window, and of none.
         """
-        lengths, selected = [], []
-        for example in examples:
-            needed = len(example.transcript) + int((np.diff(example.transcript) == 0).sum())
-            usable = []
-            for version in example.versions:
-                fits = 0 < needed <= self.maker.fewest_tokens(version) and [*map(len, version.frames)] == [1]
-                usable.append(self.maker.planned_tokens(version) if fits else 0)
-            self.left_out += [example.id] * usable.count(0)
-            if any(usable):
-                selected.append(example)
-                lengths.append(usable)
-        if not selected:
+        lengths = examples.lengths
+        needed = lengths.ctc_tokens[:, None]
+        fits = (needed > 0) & (needed <= self.maker.fewest_tokens(lengths)) & lengths.one_window
+        for row, count in enumerate((lengths.exists & ~fits).sum(axis=1).tolist()):
+            if count:
+                self.left_out += [examples[row].id] * count
+        chosen = fits.any(axis=1)
+        if not chosen.any():
             raise DataError(
                 f"stage {self.stage.name}: no transcript fits into its clip's positions: lower model.stack_factor"
             )
-        return selected, padded_rows(lengths), np.zeros((len(selected), 1), dtype=np.int32)
+        audio = np.where(fits, self.maker.planned_tokens(lengths), 0)[chosen]
+        return examples.subset(chosen), audio, np.zeros((len(audio), 1), dtype=np.int32)
 
     def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum over clips of CTC and matching loss; the count is target tokens."""

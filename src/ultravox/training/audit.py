@@ -18,8 +18,10 @@ from ultravox.data.order import DataOrder, PlannedBatch, Position
 from ultravox.data.sample_log import SampleLog, parse_uids, read_sample_logs
 from ultravox.errors import DataError
 from ultravox.model.factory import build_model, build_processor
+from ultravox.training.examples import ExampleTable
+from ultravox.training.rows import source_key
 from ultravox.training.run import TASKS
-from ultravox.training.speech import Example, prepare_speech, source_key
+from ultravox.training.speech import prepare_speech
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.trackers.samples import samples_folder
 
@@ -35,8 +37,8 @@ class Names:
 class NameMaker:
     """Makes batches of names, in the place of tensors."""
 
-    def __init__(self, examples: list[Example]) -> None:
-        self._uids, self._sources = [e.uid for e in examples], [e.source for e in examples]
+    def __init__(self, examples: ExampleTable) -> None:
+        self._uids, self._sources = [example.uid for example in examples], examples.sources.tolist()
 
     def __call__(self, planned: PlannedBatch, position: Position) -> Names:
         rows = planned.rows.tolist()

@@ -15,8 +15,8 @@ from ultravox.data.order import PlannedBatch
 from ultravox.data.quarantine import audio_fault
 from ultravox.data.stream_order import StreamedBatch
 from ultravox.errors import AudioError
+from ultravox.training.examples import Example, Lengths, Version
 from ultravox.training.features import Features
-from ultravox.training.speech import Example, Version
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ class BatchMaker:
 
     def __init__(
         self,
-        examples: list[Example],
+        examples: Sequence[Example],
         features: Features,
         stack_factor: int,
         *,
@@ -135,19 +135,28 @@ class BatchMaker:
         """Language model positions of a recording, from the encoder frames of its windows."""
         return sum(num_audio_tokens(count, self.stack_factor) for count in frames)
 
-    def planned_tokens(self, version: Version) -> int:
-        """Positions that the plan counts for all recordings of a version: the most there can be, where speed varies."""
-        if self.augmenter is None:
-            return sum(self.audio_tokens(frames) for frames in version.frames)
-        _, longest = length_bounds(round(version.seconds * SAMPLE_RATE), self.augmenter.settings.speed)
-        return self.audio_tokens(self.features.expected_frames(longest)) + max(0, len(version.frames) - 1)
+    def planned_tokens(self, lengths: Lengths) -> np.ndarray:
+        """Positions that the plan counts for all recordings of each version, int32 [example, version].
 
-    def fewest_tokens(self, version: Version) -> int:
-        """The same where it varies the other way: the fewest there can be."""
+        They are the most there can be, where speed varies.
+        """
         if self.augmenter is None:
-            return self.planned_tokens(version)
-        shortest, _ = length_bounds(round(version.seconds * SAMPLE_RATE), self.augmenter.settings.speed)
-        return self.audio_tokens(self.features.expected_frames(shortest))
+            return lengths.audio_tokens
+        return self._at_speed(lengths, 1) + np.maximum(lengths.num_recordings - 1, 0)[:, None] * lengths.exists
+
+    def fewest_tokens(self, lengths: Lengths) -> np.ndarray:
+        """The same where it varies the other way: the fewest there can be."""
+        return lengths.audio_tokens if self.augmenter is None else self._at_speed(lengths, 0)
+
+    def _at_speed(self, lengths: Lengths, bound: int) -> np.ndarray:
+        """Positions of the least (0) or the most (1) samples that augmentation leaves or makes."""
+        assert self.augmenter is not None
+        samples, where = np.unique(np.round(lengths.seconds * SAMPLE_RATE).astype(np.int64), return_inverse=True)
+        speed = self.augmenter.settings.speed
+        bounds = (length_bounds(count, speed)[bound] for count in samples.tolist())
+        tokens = [self.audio_tokens(self.features.expected_frames(count)) for count in bounds]
+        heard = lengths.exists & (lengths.num_recordings > 0)[:, None]
+        return np.where(heard, np.array(tokens, dtype=np.int32)[where.reshape(heard.shape)], 0)
 
     def _make(self, choices: list[Choice], epoch: int, copies: list[int]) -> SpeechBatch:
         windows: list[np.ndarray] = []

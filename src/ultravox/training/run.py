@@ -34,8 +34,9 @@ from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
 from ultravox.training.progress import TerminalProgress
+from ultravox.training.rows import source_key, source_spec
 from ultravox.training.run_folder import clear, lock, require_free
-from ultravox.training.speech import SpeechData, prepare_speech, source_key, source_spec
+from ultravox.training.speech import SpeechData, prepare_speech
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.stream import prepare_stream
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after

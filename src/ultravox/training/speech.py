@@ -1,70 +1,38 @@
 """What the tasks on speech train on: the rows of all sources with their tokens, and their features at each speed."""
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ultravox.audio.content import Audio
-from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.audio.waveform import load_waveform
 from ultravox.config.data import SourceConfig
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.cache import CacheReport, FeatureRequest, SizeCap
-from ultravox.data.examples import TokenisedExample, tokenise
-from ultravox.data.filters import Filters
-from ultravox.data.fingerprint import fingerprint, uid
-from ultravox.data.manifest import Clip
+from ultravox.data.clip import Clip
 from ultravox.data.quarantine import Quarantine, audio_fault
-from ultravox.data.source import SourceSpec
-from ultravox.data.sources import load_source
 from ultravox.data.streaming import ROWS_TO_JUDGE
-from ultravox.data.templates import PromptTemplate, UnusableRow
+from ultravox.data.templates import UnusableRow
 from ultravox.errors import AudioError, DataError
-from ultravox.metrics.normalize import normalize_english, spoken_form
+from ultravox.training.examples import Example, ExampleTable, make_version
 from ultravox.training.features import Features
 from ultravox.training.progress import bar
+from ultravox.training.rows import (
+    HeardRows,
+    SourceRows,
+    count_texts,
+    keep_out,
+    read_sources,
+    requests_of,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from ultravox.training.stream import SpeechStream
-
-#: Clips of this length are looked at while training, where there are enough.
-PROGRESS_SECONDS = (1.0, 6.0)
-
-
-@dataclass(slots=True)
-class Version:
-    """An example at one speed."""
-
-    speed: float
-    seconds: float
-    """Of all its recordings."""
-    frames: list[list[int]]
-    """Encoder frames of each window of each recording."""
-    names: list[str] = field(default_factory=list)
-    """Entry of the cache for each recording; empty without a cache."""
-
-
-@dataclass(slots=True)
-class Example:
-    """One row of a source, tokenised once."""
-
-    id: str
-    uid: str
-    source: int
-    """Index in data.sources."""
-    text: str
-    recordings: list[Audio]
-    prompts: list[TokenisedExample]
-    """For each prompt: the conversation with one placeholder per recording, and True on what the assistant says."""
-    transcript: np.ndarray
-    """Tokens of the text alone, [token]."""
-    versions: list[Version] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -73,7 +41,7 @@ class SpeechData:
 
     sources: list[SourceConfig]
     temperature: float | None
-    examples: list[Example]
+    examples: ExampleTable
     """In the order of the sources; none of a stream."""
     progress_examples: list[Example]
     features: Features
@@ -88,6 +56,8 @@ class SpeechData:
     """Of all sources, before any was set aside; of a stream, those that were looked at since this process began."""
     fingerprints: dict[str, str]
     """Source → hash of its clips, their audio and their tokens: what a resume must find unchanged."""
+    vocabularies: list[np.ndarray]
+    """Of each source: the token ids of its transcripts, where a stage wants them; none of a stream."""
     sizes: dict[str, int]
     """Source → clips; 0 for a stream, which has no total."""
     seconds: float
@@ -116,7 +86,7 @@ class SpeechData:
         """What there is to train on, in one line."""
         if self.stream is not None:
             return self.stream.describe()
-        versions = sum(len(example.versions) for example in self.examples)
+        versions = int(self.examples.lengths.exists.sum())
         quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in self.quarantine.reasons.items()]
         left_out = f", left out {', '.join(quarantined)}" if quarantined else ""
         minutes = f"{self.seconds / 60:.0f} min of speech"
@@ -124,66 +94,56 @@ class SpeechData:
 
 
 def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
-    """Load the rows of all sources, keep a few out, cache features, tokenise.
+    """Read the rows of all sources, keep a few out, tokenise, cache features.
 
     Raises:
         DataError: too many rows that cannot be used, or none left; a prompt that names a missing column.
     """
     data = config.data
     quarantine = Quarantine()
-    rows: list[Sourced] = []
-    parts: dict[str, list[str]] = {}
-    templates: list[PromptTemplate] = []
-    num_rows = 0
-    for index, source in enumerate(data.sources):
-        loaded = load_source(source_spec(source))
-        templates.append(PromptTemplate(source.task, source.prompts, source.response))
-        templates[-1].require_columns(loaded.clips, f"source {source.name}")
-        num_rows += loaded.num_rows
-        quarantine.update(loaded.left_out)
-        parts[source_key(source)] = [loaded.fingerprint]
-        rows += [(index, clip) for clip in loaded.clips]
+    sources, num_rows = read_sources(config, processor, quarantine)
     cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
-    progress, training = _keep_out(data.sources, rows, config.evaluation.num_progress_clips)
+    progress, training = keep_out(sources, config.evaluation.num_progress_clips)
     if not cached:
-        progress = [(index, clip) for index, clip in progress if _is_heard(clip, data.max_audio_seconds, quarantine)]
+        progress = [(source, clip) for source, clip in progress if _is_heard(clip, data.max_audio_seconds, quarantine)]
 
     # Text before audio: what is wrong with it is found out before hours of encoding
-    found: dict[int, Example] = {}
-    for index, clip in [*training, *progress]:
-        key = source_key(data.sources[index])
-        try:
-            name = f"{key} {parts[key][0]}"
-            found[id(clip)] = make_example(index, clip, templates[index], processor, config, name)
-            parts[key] += tokens_of(found[id(clip)])
-        except UnusableRow as error:
-            quarantine.add(error.reason, clip.id)
+    aligns = any(stage.objective == "align" for stage in config.stages)
+    texts = [
+        count_texts(source, rows, processor.tokenizer, quarantine, ctc=aligns)
+        for source, rows in zip(sources, training, strict=True)
+    ]
+    watched = _make_all(progress, quarantine)
     quarantine.require(data.max_quarantine_share, num_rows)
 
     features = Features(model, data.feature_dtype, config.model.audio_encoder)
-    wanted = [(i, clip, speed) for i, clip in training for speed in data.sources[i].speeds or data.speeds]
-    wanted = [choice for choice in [*wanted, *((i, clip, 1.0) for i, clip in progress)] if id(choice[1]) in found]
-    heard = [templates[index].recordings(clip) for index, clip, _ in wanted]
-    requests = [FeatureRequest(a, s, wish[2]) for wish, many in zip(wanted, heard, strict=True) for a, s in many]
-    report = _cache(config, features, requests) if cached else _check(config, requests)
+    of_rows = (requests_of(source, text.rows) for source, text in zip(sources, texts, strict=True))
+    of_progress = (
+        FeatureRequest(audio, seconds) for source, clip, _ in watched for audio, seconds in source.recordings(clip)
+    )
+    requests = chain(chain.from_iterable(of_rows), of_progress)
+    report = _cache(config, features, list(requests)) if cached else CacheReport([])
+    statuses = iter(report.names) if cached else _check(config, requests, quarantine)
+    stack_factor = model.config.stack_factor
+    heard = [
+        HeardRows(source, text, statuses, features, stack_factor) for source, text in zip(sources, texts, strict=True)
+    ]
+    progress_examples = []
+    for source, clip, example in watched:
+        seconds = [duration for _, duration in source.recordings(clip)]
+        mine = list(islice(statuses, len(seconds)))
+        if None not in mine:
+            example.versions.append(make_version(features, 1.0, seconds, [name for name in mine if name]))
+            progress_examples.append(example)
     quarantine.update(report.quarantined)
     quarantine.require(data.max_quarantine_share, num_rows)
-
-    remaining = iter(report.names)
-    for (index, clip, speed), recordings in zip(wanted, heard, strict=True):
-        mine = list(islice(remaining, len(recordings)))
-        usable = [name for name in mine if name is not None]
-        parts[source_key(data.sources[index])] += [name or "" for name in mine]
-        if len(usable) == len(mine):
-            found[id(clip)].versions.append(make_version(features, speed, [s for _, s in recordings], usable))
-    examples = [found[id(clip)] for _, clip in training if id(clip) in found and found[id(clip)].versions]
-    if not examples:
+    if not any(map(len, heard)):
         raise DataError("no clip is left to train on: check data.sources and the length limits")
     return SpeechData(
         data.sources,
         data.temperature,
-        examples,
-        [found[id(clip)] for _, clip in progress if id(clip) in found and found[id(clip)].versions],
+        table_of(heard),
+        progress_examples,
         features,
         cached,
         report,
@@ -191,20 +151,32 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         data.max_quarantine_share,
         data.max_audio_seconds,
         num_rows,
-        {key: fingerprint(strings) for key, strings in parts.items()},
-        {source_key(source): sum(e.source == i for e in examples) for i, source in enumerate(data.sources)},
-        sum(example.versions[0].seconds * example.versions[0].speed for example in examples),
-        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
+        {part.source.key: part.fingerprint() for part in heard},
+        [text.vocabulary for text in texts],
+        {part.source.key: len(part) for part in heard},
+        sum(part.seconds for part in heard),
+        trainable_of(model),
     )
 
 
-def make_version(features: Features, speed: float, seconds: list[float], names: list[str]) -> Version:
-    """A row at one speed, from its recordings' seconds and their entries in the cache ("" without one)."""
-    if any(names):
-        frames = [features.cached_frames(name) for name in names]
-    else:
-        frames = [features.expected_frames(round(duration / speed * SAMPLE_RATE)) for duration in seconds]
-    return Version(speed, sum(seconds) / speed, frames, [name for name in names if name])
+def trainable_of(model: Any) -> dict[str, torch.nn.Parameter]:
+    """What trains in any stage of a run, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _make_all(
+    progress: Sequence[tuple[SourceRows, Clip]], quarantine: Quarantine
+) -> list[tuple[SourceRows, Clip, Example]]:
+    """The clips that are kept out, with their examples."""
+    made = []
+    for source, clip in progress:
+        try:
+            example = source.maker.example(clip)
+            example.prompts = list(example.prompts)
+            made.append((source, clip, example))
+        except UnusableRow as error:
+            quarantine.add(error.reason, clip.id)
+    return made
 
 
 def _cache(config: RunConfig, features: Features, requests: list[FeatureRequest]) -> CacheReport:
@@ -221,18 +193,16 @@ def _cache(config: RunConfig, features: Features, requests: list[FeatureRequest]
         )
 
 
-def _check(config: RunConfig, requests: list[FeatureRequest]) -> CacheReport:
+def _check(config: RunConfig, requests: Iterable[FeatureRequest], quarantine: Quarantine) -> Iterator[str | None]:
     """Without a cache: an entry is called "", and a recording's length is believed until the loader decodes it."""
     low, high = config.data.min_audio_seconds, config.data.max_audio_seconds
-    report = CacheReport(names=[""] * len(requests))
-    for index, request in enumerate(requests):
+    for request in requests:
         reason = "too short" if request.seconds < low else "too long" if request.seconds > high else None
         if reason is None and isinstance(request.audio, Path) and not request.audio.is_file():
             reason = "missing audio"
         if reason:
-            report.quarantine.add(reason, str(request.audio))
-            report.names[index] = None
-    return report
+            quarantine.add(reason, str(request.audio))
+        yield None if reason else ""
 
 
 def _is_heard(clip: Clip, max_seconds: float, quarantine: Quarantine) -> bool:
@@ -243,62 +213,3 @@ def _is_heard(clip: Clip, max_seconds: float, quarantine: Quarantine) -> bool:
         quarantine.add(audio_fault(error, clip.audio), clip.id)
         return False
     return True
-
-
-def source_spec(source: SourceConfig) -> SourceSpec:
-    filters = Filters(**source.filters.model_dump())
-    names = ("name", "format", "split", "subset", "revision", "streaming", "columns", "max_clips", "max_hours")
-    options = {name: getattr(source, name) for name in names}
-    return SourceSpec(**options, filters=filters, needs_audio=source.task != "text")
-
-
-def source_key(source: SourceConfig) -> str:
-    """What a source is called among the fingerprints; no two of a run are called the same."""
-    subset = f"/{source.subset}" if source.subset else ""
-    return f"{source.name}{subset}/{source.split}/{source.task}"
-
-
-def tokens_of(example: Example) -> list[str]:
-    """An example's tokens, for the fingerprint of its source."""
-    arrays = [example.transcript, *(array for prompt in example.prompts for array in prompt)]
-    return [array.tobytes().hex() for array in arrays]
-
-
-Sourced = tuple[int, Clip]
-"""Index of a source, and one of its rows."""
-
-
-def _keep_out(sources: Sequence[SourceConfig], rows: list[Sourced], count: int) -> tuple[list[Sourced], list[Sourced]]:
-    """A fixed few clips of the first transcribed source for "WER so far", chosen by hash; and all without their texts.
-
-    They come from the training split, at most a tenth of it: the held-out split stays unseen. Clips of a few words are
-    preferred, since one long clip would be most of the words and of the time that decoding takes.
-    """
-    first = next((index for index, source in enumerate(sources) if source.task == "transcription"), None)
-    candidates = [(index, clip) for index, clip in rows if index == first and normalize_english(clip.text)]
-    candidates.sort(key=lambda pair: hashlib.sha256(pair[1].id.encode()).digest())
-    count = min(count, len(candidates) // 10)
-    handy = [pair for pair in candidates if PROGRESS_SECONDS[0] <= pair[1].duration <= PROGRESS_SECONDS[1]]
-    progress = (handy if len(handy) >= count else candidates)[:count]
-    texts = {normalize_english(clip.text) for _, clip in progress}
-    return progress, [(index, clip) for index, clip in rows if normalize_english(clip.text) not in texts]
-
-
-def make_example(
-    index: int, clip: Clip, template: PromptTemplate, processor: Any, config: RunConfig, source_fingerprint: str
-) -> Example:
-    """The example of a row. UnusableRow when there can be none."""
-    style, tokenizer = config.data.transcript_style, processor.tokenizer
-    is_text = bool(normalize_english(clip.text))
-    if not is_text and "text" in template.columns_needed:
-        raise UnusableRow("without text", clip.id)
-    text = spoken_form(clip.text) if style == "spoken" else clip.text
-    styled = replace(clip, text=text)
-    prompts = [
-        tokenise(styled, template, prompt, tokenizer, processor.audio_token_index)
-        for prompt in range(template.num_prompts)
-    ]
-    # With a space in front, a word is the same token at the beginning as in the middle: CTC has fewer to tell apart.
-    transcript = np.asarray(tokenizer.encode(f" {text}", add_special_tokens=False) if is_text else [], dtype=np.int64)
-    recordings = [audio for audio, _ in template.recordings(clip)]
-    return Example(clip.id, uid(source_fingerprint, clip.id), index, clip.text, recordings, prompts, transcript)

@@ -2,7 +2,7 @@
 
 import abc
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,12 @@ from ultravox.data.stream_order import StreamOrder
 from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import word_error_rate
 from ultravox.training.batches import BatchMaker, SpeechBatch
+from ultravox.training.examples import Example, ExampleTable
 from ultravox.training.features import augment
 from ultravox.training.memory_model import MemoryModel, OfLongest
 from ultravox.training.optim import ParameterGroup
-from ultravox.training.speech import Example, SpeechData, source_key
+from ultravox.training.rows import source_key
+from ultravox.training.speech import SpeechData
 from ultravox.training.task import LossOutput
 
 BEGINNING = Position()
@@ -45,7 +47,8 @@ class SpeechTask(abc.ABC):
         """Parameters of the objective itself."""
         self.left_out: list[str] = []
         """The example of each version that this objective cannot use."""
-        chosen = [e for e in data.examples if stage.sources is None or data.sources[e.source].name in stage.sources]
+        wanted = np.array([stage.sources is None or source.name in stage.sources for source in data.sources])
+        chosen = data.examples.subset(wanted[data.examples.sources])
         waveform = stage.augment.waveform
         augmenter = WaveformAugmenter(EffectSettings(**waveform.model_dump())) if waveform.active else None
         self.maker = self._maker(chosen, from_cache=data.uses_cache(stage), augmenter=augmenter)
@@ -68,12 +71,12 @@ class SpeechTask(abc.ABC):
             self._mixture(),
             limits,
             seed=self.seed,
-            fingerprint=fingerprint([example.uid for example in self.examples]),
+            fingerprint=fingerprint([repr(self.data.fingerprints), self.examples.numbers.tobytes().hex()]),
         )
 
     def _mixture(self) -> Mixture:
         """How often the chosen examples of each source come."""
-        counts = Counter(example.source for example in self.examples)
+        counts = Counter(self.examples.sources.tolist())
         sources = {source_key(self.data.sources[index]): index for index in sorted(counts)}
         sizes = {key: counts[index] for key, index in sources.items()}
         configs = {key: self.data.sources[index] for key, index in sources.items()}
@@ -85,7 +88,7 @@ class SpeechTask(abc.ABC):
         return Mixture(sizes, repeats=repeats, seed=self.seed)
 
     @abc.abstractmethod
-    def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
+    def _select(self, examples: ExampleTable) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
         """The examples that can be trained on, in their order, and their lengths.
 
         Lengths: audio tokens [example, version] and text tokens [example, prompt]; 0 = that one is left out.
@@ -123,7 +126,7 @@ class SpeechTask(abc.ABC):
         return self._maker(examples, from_cache=self.data.cached).first()
 
     def _maker(
-        self, examples: list[Example], *, from_cache: bool, augmenter: WaveformAugmenter | None = None
+        self, examples: Sequence[Example], *, from_cache: bool, augmenter: WaveformAugmenter | None = None
     ) -> BatchMaker:
         return BatchMaker(
             examples,
@@ -211,11 +214,3 @@ class SpeechTask(abc.ABC):
                 if tensor.shape != state[name].shape:
                     raise CheckpointError(f"{name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
                 tensor.copy_(state[name])
-
-
-def padded_rows(lengths: list[list[int]]) -> np.ndarray:
-    """Rows of different lengths as one array, int32 [row, most], filled up with zeros."""
-    padded = np.zeros((len(lengths), max(map(len, lengths), default=1)), dtype=np.int32)
-    for row, values in zip(padded, lengths, strict=True):
-        row[: len(values)] = values
-    return padded

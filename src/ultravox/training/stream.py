@@ -18,20 +18,14 @@ from ultravox.data.quarantine import Quarantine
 from ultravox.data.stream_order import Examples, StreamOrder
 from ultravox.data.streaming import StreamSource, Window
 from ultravox.data.templates import PromptTemplate, UnusableRow
+from ultravox.training.examples import Example, ExampleMaker, ExampleTable, make_version, tokens_of
 from ultravox.training.features import Features
-from ultravox.training.speech import (
-    Example,
-    SpeechData,
-    make_example,
-    make_version,
-    source_key,
-    source_spec,
-    tokens_of,
-)
+from ultravox.training.rows import source_key, source_spec
+from ultravox.training.speech import SpeechData, trainable_of
 
 ROWS_TO_TRY = 64  # before the run begins
 
-Select = Callable[[list[Example]], tuple[list[Example], np.ndarray, np.ndarray]]
+Select = Callable[[ExampleTable], tuple[ExampleTable, np.ndarray, np.ndarray]]
 """Examples → those that can be trained on, their audio tokens [example, version] and text tokens [example, prompt]."""
 
 
@@ -52,7 +46,7 @@ class SpeechStream:
             DataError: no such dataset, shards that cannot be dealt out, or a template that names a missing column.
         """
         (source,) = config.data.sources
-        self._config, self._processor, self._features = config, processor, features
+        self._config, self._features, self._stack_factor = config, features, config.model.stack_factor
         self._speeds = source.speeds or config.data.speeds
         self.source = StreamSource(
             source_spec(source),
@@ -63,6 +57,7 @@ class SpeechStream:
             max_quarantine_share=config.data.max_quarantine_share,
         )
         self._template = PromptTemplate(source.task, source.prompts, source.response)
+        self._maker = ExampleMaker(0, self._template, processor, config, self.source.fingerprint)
         rows = islice(self.source.source.shard_rows(0), ROWS_TO_TRY)
         clips = [found for _, found in rows if isinstance(found, Clip)]
         self._template.require_columns(clips, f"source {source.name}")
@@ -75,7 +70,7 @@ class SpeechStream:
 
         def read(window: Window) -> Examples:
             examples, left_out = self._examples(window.clips)
-            return Examples(*select(examples), left_out)
+            return Examples(*select(ExampleTable.of(examples, self._stack_factor)), left_out)
 
         return StreamOrder(self.source, read, limits, seed=seed, fingerprint=self.fingerprint)
 
@@ -100,12 +95,12 @@ class SpeechStream:
                 left_out.append(("too long", clip.id))
                 continue
             try:
-                example = make_example(0, clip, self._template, self._processor, self._config, self.source.fingerprint)
+                example = self._maker.example(clip)
+                example.prompts = list(example.prompts)
             except UnusableRow as error:
                 left_out.append((error.reason, clip.id))
                 continue
-            nameless = [""] * len(seconds)
-            example.versions = [make_version(self._features, speed, seconds, nameless) for speed in self._speeds]
+            example.versions = [make_version(self._features, speed, seconds, ()) for speed in self._speeds]
             examples.append(example)
         return examples, left_out
 
@@ -123,7 +118,7 @@ def prepare_stream(config: RunConfig, model: Any, processor: Any, *, rank: int =
     return SpeechData(
         sources=data.sources,
         temperature=data.temperature,
-        examples=[],
+        examples=ExampleTable.of([], config.model.stack_factor),
         progress_examples=[],
         features=features,
         cached=False,
@@ -133,8 +128,9 @@ def prepare_stream(config: RunConfig, model: Any, processor: Any, *, rank: int =
         max_audio_seconds=data.max_audio_seconds,
         num_rows=0,
         fingerprints={key: stream.fingerprint},
+        vocabularies=[],
         sizes={key: 0},
         seconds=0.0,
-        trainable={name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
+        trainable=trainable_of(model),
         stream=stream,
     )

@@ -14,8 +14,9 @@ from ultravox.model.fusion import check_counts
 from ultravox.model.packing import find_packer
 from ultravox.objectives.cross_entropy import cross_entropy
 from ultravox.training.batches import SpeechBatch
-from ultravox.training.speech import Example, SpeechData
-from ultravox.training.speech_task import SpeechTask, padded_rows
+from ultravox.training.examples import Example, ExampleTable
+from ultravox.training.speech import SpeechData
+from ultravox.training.speech_task import SpeechTask
 from ultravox.training.task import LossOutput
 
 
@@ -31,11 +32,9 @@ class TuneTask(SpeechTask):
         super().__init__(model, processor, data, stage, seed)
         self.pad_token_id = int(self.tokenizer.pad_token_id)
 
-    def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
+    def _select(self, examples: ExampleTable) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
         """All examples. Each placeholder gives its place to the first position of its recording."""
-        audio = [[self.maker.planned_tokens(version) for version in e.versions] for e in examples]
-        text = [[len(ids) - len(e.recordings) for ids, _ in e.prompts] for e in examples]
-        return examples, padded_rows(audio), padded_rows(text)
+        return examples, self.maker.planned_tokens(examples.lengths), examples.lengths.text_tokens
 
     def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum of the supervised tokens' cross-entropies, and their number."""

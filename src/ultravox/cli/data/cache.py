@@ -73,12 +73,13 @@ def _build(args: argparse.Namespace) -> int:
     data = prepare_speech(config, build_model(config.model), build_processor(config.model))
     if not data.cached:
         raise UltravoxError("every stage of this config augments waveforms, so that a run caches nothing")
-    report, examples = data.cache_report, [*data.examples, *data.progress_examples]
-    versions = [version for example in examples for version in example.versions]
-    hours = sum(version.seconds for version in versions) / 3600
+    report, lengths = data.cache_report, data.examples.lengths
+    others = [version.seconds for example in data.progress_examples for version in example.versions]
+    hours = (float(lengths.seconds.sum()) + sum(others)) / 3600
     left_out = ", ".join(f"{count} {reason}" for reason, count in data.quarantine.counts().items())
     print(
-        f"{len(examples)} clips, {len(versions)} versions with their speeds, "
+        f"{len(lengths) + len(data.progress_examples)} clips, "
+        f"{int(lengths.exists.sum()) + len(others)} versions with their speeds, "
         f"{hours:.2f} h, {_size(report.num_bytes)}{f'; left out: {left_out}' if left_out else ''}\n"
         f"{report.num_encoded} encoded in {report.num_encoder_calls} encoder calls, {report.seconds:.1f} s "
         f"({report.wait_seconds:.1f} s of it waiting for decoded audio)\n{data.features.cache.folder}"
