@@ -1,8 +1,9 @@
 """The normaliser: what counts as the same words."""
 
+import numpy as np
 import pytest
 
-from ultravox.metrics.normalize import normaliser_identity, normalize_english
+from ultravox.metrics.normalize import is_said, normaliser_identity, normalize_english
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,13 @@ def test_identity_names_a_version():
     identity = normaliser_identity()
     assert "whisper-normalizer" in identity["name"]
     assert identity["version"][0].isdigit()
+
+
+def test_whether_anything_is_said_is_what_the_normaliser_leaves():
+    pieces = ["um", "Hmm,", "mhm", "uhhh", "(door slams)", "[music]", "<noise>", "(", "]", "word", "four", "it's", "no"]
+    pieces += ["über", "Ünïcödé", "привет", "日本語", "42", "£5", "...", "a-b", "ok"]
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(pieces, count)) for count in random.integers(0, 5, 2000)]
+    found = [is_said(text) for text in texts]
+    assert found == [normalize_english(text) != "" for text in texts]
+    assert 0 < sum(found) < len(texts)

@@ -157,6 +157,11 @@ def iter_prepared(folder: str | Path, split: str) -> Iterator[Clip]:
 
 def shard_clips(path: Path) -> Iterator[Clip]:
     """The clips of one shard in their order. DataError when it cannot be read."""
+    return (clip for _, _, clip in placed_clips(path))
+
+
+def placed_clips(path: Path) -> Iterator[tuple[int, int, Clip]]:
+    """`shard_clips`, each with its row group and its row in it."""
     try:
         shard = pq.ParquetFile(path, memory_map=True)
         with shard:
@@ -164,7 +169,8 @@ def shard_clips(path: Path) -> Iterator[Clip]:
             places = ((group, row) for group, count in enumerate(groups) for row in range(count))
             for batch in shard.iter_batches(BATCH_ROWS, columns=CLIP_COLUMNS, use_threads=False):
                 for row in batch.to_pylist():
-                    yield _clip(row, path, *next(places))
+                    group, place = next(places)
+                    yield group, place, _clip(row, path, group, place)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read ({error}): run `ultravox data prepare --overwrite`") from error
 

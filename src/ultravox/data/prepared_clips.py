@@ -7,10 +7,17 @@ from typing import overload
 import numpy as np
 
 from ultravox.data.clip import Clip
-from ultravox.data.prepared import read_group, read_index, shard_paths
+from ultravox.data.prepared import placed_clips, read_group, read_index, shard_paths
 
 #: Row groups whose texts are kept, so that neighbours are read together.
 KEPT_GROUPS = 64
+#: From this share of a shard's rows on, reading all of it is faster than reading row groups.
+SEQUENTIAL_SHARE = 0.1
+
+
+def pick(clips: Sequence[Clip], numbers: np.ndarray) -> Iterator[Clip]:
+    """The clips of some numbers, ascending, in the way that is fastest for them."""
+    return clips.pick(numbers) if isinstance(clips, PreparedClips) else (clips[number] for number in numbers.tolist())
 
 
 class PreparedClips(Sequence[Clip]):
@@ -45,7 +52,23 @@ class PreparedClips(Sequence[Clip]):
         return self._group(int(self._shards[number]), int(self._groups[number]))[int(self._rows[number])]
 
     def __iter__(self) -> Iterator[Clip]:
-        return (self[number] for number in range(len(self)))
+        return self.pick(range(len(self)))
+
+    def pick(self, numbers: Sequence[int] | np.ndarray) -> Iterator[Clip]:
+        """The clips of some numbers, ascending. A shard of which much is wanted is read from end to end: faster."""
+        numbers = np.asarray(numbers, dtype=np.int64)
+        for shard in np.unique(self._shards[numbers]).tolist() if len(numbers) else ():
+            mine = numbers[self._shards[numbers] == shard]
+            if len(mine) < SEQUENTIAL_SHARE * int((self._shards == shard).sum()):
+                yield from (self[number] for number in mine.tolist())
+                continue
+            wanted = zip(self._groups[mine].tolist(), self._rows[mine].tolist(), strict=True)
+            place = next(wanted)
+            for group, row, clip in placed_clips(self._paths[shard]):
+                if (group, row) == place:
+                    yield clip
+                    if (place := next(wanted, (-1, -1))) == (-1, -1):
+                        break
 
     def _group(self, shard: int, group: int) -> list[Clip]:
         """The clips of a row group. A place for each of the last few: nothing to lock, nothing to grow."""

@@ -42,7 +42,7 @@ class Examples(NamedTuple):
 class StreamedBatch(PlannedBatch):
     """A batch with its examples; `rows` are places among them, and `copies` the stream's epoch."""
 
-    examples: list[Any]
+    examples: Sequence[Any]
     epoch: int
     """Of the stream."""
     left_out: list[tuple[str, str]]
@@ -64,7 +64,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    examples: list[Any]
+    examples: Sequence[Any]
     chosen: Chosen
     batches: Batches
     epoch: int

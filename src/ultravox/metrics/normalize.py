@@ -5,6 +5,7 @@ case, no punctuation, contractions spelled out, numbers as digits, British spell
 version, because a word error rate means nothing without them.
 """
 
+import re
 import unicodedata
 from functools import lru_cache
 from importlib.metadata import version
@@ -31,6 +32,16 @@ def normaliser_identity() -> dict[str, str]:
 def normalize_english(text: str) -> str:
     """Whisper's English normalisation of one text: words separated by one space, possibly the empty string."""
     return " ".join(_english()(text.translate(_APOSTROPHES)).split())
+
+
+# Nothing that the normaliser takes out whole (what stands in brackets, "hmm" and the like) holds such a word outside.
+_KEPT_WORD = re.compile(r"(?a:\b[a-z]{4})", re.IGNORECASE)
+_BRACKETS = re.compile(r"[\[\]()<>]")
+
+
+def is_said(text: str) -> bool:
+    """Whether `normalize_english` leaves anything of a text; most often found without it."""
+    return bool(_KEPT_WORD.search(text) and not _BRACKETS.search(text)) or bool(normalize_english(text))
 
 
 def spoken_form(text: str) -> str:

@@ -18,7 +18,7 @@ from ultravox.data.clip import Clip
 from ultravox.data.examples import TokenisedExample, tokenise
 from ultravox.data.fingerprint import uid
 from ultravox.data.templates import PromptTemplate, UnusableRow
-from ultravox.metrics.normalize import normalize_english, spoken_form
+from ultravox.metrics.normalize import is_said, spoken_form
 from ultravox.training.features import Features
 
 #: Examples that stay made: all of a small corpus, so that its tokens are made once.
@@ -101,7 +101,7 @@ class ExampleMaker:
         With a space in front, a word is the same token at the beginning as in the middle: CTC has fewer to tell apart.
         UnusableRow when a text is needed and there is none.
         """
-        is_text = bool(normalize_english(clip.text))
+        is_text = is_said(clip.text)
         if not is_text and "text" in self.template.columns_needed:
             raise UnusableRow("without text", clip.id)
         styled = replace(clip, text=spoken_form(clip.text)) if self._spoken else clip

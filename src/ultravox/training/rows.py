@@ -21,13 +21,14 @@ from ultravox.data.clip import Clip
 from ultravox.data.examples import CHUNK_ROWS, token_counts
 from ultravox.data.filters import Filters
 from ultravox.data.fingerprint import fingerprint
+from ultravox.data.prepared_clips import pick
 from ultravox.data.prompts import encode_all
 from ultravox.data.quarantine import Quarantine
 from ultravox.data.source import SourceSpec
 from ultravox.data.sources import load_source
 from ultravox.data.templates import PromptTemplate, UnusableRow
 from ultravox.errors import DataError
-from ultravox.metrics.normalize import normalize_english
+from ultravox.metrics.normalize import is_said, spoken_form
 from ultravox.training.examples import (
     Example,
     ExampleMaker,
@@ -118,10 +119,8 @@ def keep_out(sources: Sequence[SourceRows], count: int) -> tuple[list[tuple[Sour
     first = next((source for source in sources if source.config.task == "transcription"), None)
     if first is None or count == 0:
         return [], [np.arange(len(source.clips)) for source in sources]
-    texts = [_text_keys(source) for source in sources]
-    mine = texts[sources.index(first)]
-    names = np.fromiter((_key(clip.id) for clip in first.clips), dtype=np.uint64, count=len(first.clips))
-    order = np.argsort(names, kind="stable")
+    texts, names = zip(*(_keys(source) for source in sources), strict=True)
+    mine, order = texts[sources.index(first)], np.argsort(names[sources.index(first)], kind="stable")
     candidates: list[int] = order[mine[order] != _key("")].tolist()
     count = min(count, len(candidates) // 10)
     handy = list(islice((row for row in candidates if _is_handy(first.clips[row])), count))
@@ -130,14 +129,15 @@ def keep_out(sources: Sequence[SourceRows], count: int) -> tuple[list[tuple[Sour
     return [(first, first.clips[row]) for row in chosen], training
 
 
-def _text_keys(source: SourceRows) -> np.ndarray:
-    """What tells the texts of the clips apart, however they are written, uint64 [clip]."""
+def _keys(source: SourceRows) -> tuple[np.ndarray, np.ndarray]:
+    """What tells the texts of the clips apart, whatever their case and punctuation, and their ids; uint64 [clip]."""
+    texts, names = np.zeros((2, len(source.clips)), dtype=np.uint64)
     with _progress("reading the rows", len(source.clips)) as on_row:
-        keys = np.zeros(len(source.clips), dtype=np.uint64)
         for row, clip in enumerate(source.clips):
-            keys[row] = _key(normalize_english(clip.text))
+            texts[row] = _key(spoken_form(clip.text) if is_said(clip.text) else "")
+            names[row] = _key(clip.id)
             on_row(row + 1)
-    return keys
+    return texts, names
 
 
 def _key(text: str) -> int:
@@ -187,11 +187,12 @@ def count_texts(source: SourceRows, rows: np.ndarray, tokenizer: Any, quarantine
     needed = [np.zeros(0, dtype=np.int32)]
     used = np.zeros(len(tokenizer), dtype=bool)
     with _progress("tokenising", len(rows)) as on_row:
+        clips = pick(source.clips, rows)
         for start in range(0, len(rows), CHUNK_ROWS):
             chunk, styled, alone = [], [], []
             for row in rows[start : start + CHUNK_ROWS].tolist():
                 try:
-                    clip, text = source.maker.texts(source.clips[row])
+                    clip, text = source.maker.texts(next(clips))
                 except UnusableRow as error:
                     quarantine.add(error.reason, error.row_id)
                     continue
@@ -217,23 +218,25 @@ def count_texts(source: SourceRows, rows: np.ndarray, tokenizer: Any, quarantine
 
 def requests_of(source: SourceRows, rows: np.ndarray) -> Iterator[FeatureRequest]:
     """What is heard of some rows: each recording at each speed, a row's first speed first."""
-    for row in rows.tolist():
-        recordings = source.recordings(source.clips[row])
+    for clip in pick(source.clips, rows):
+        recordings = source.recordings(clip)
         for speed in source.speeds:
             for audio, seconds in recordings:
                 yield FeatureRequest(audio, seconds, speed)
 
 
+Status = Callable[[FeatureRequest], str | None]
+"""The entry of a recording in the cache ("" without a cache), or None = it cannot be used."""
+
+
 class HeardRows:
     """Rows of a source whose text and audio can be used."""
 
-    def __init__(
-        self, source: SourceRows, texts: Texts, statuses: Iterator[str | None], features: Features, stack_factor: int
-    ) -> None:
+    def __init__(self, source: SourceRows, texts: Texts, status: Status, features: Features, stack_factor: int) -> None:
         """Args:
         source: of the rows.
         texts: of the rows.
-        statuses: for each of `requests_of`, its entry in the cache ("" without a cache), or None = cannot be used.
+        status: is asked about each of `requests_of`, in their order.
         features: tell how long the encoder's output is.
         stack_factor: of the projector.
         """
@@ -245,12 +248,13 @@ class HeardRows:
         num_recordings = np.zeros(len(texts.rows), dtype=np.int32)
         names: list[str] = []
         with _progress("measuring the audio", len(texts.rows)) as on_row:
-            for index, row in enumerate(texts.rows.tolist()):
-                durations = [duration for _, duration in source.recordings(source.clips[row])]
+            for index, clip in enumerate(pick(source.clips, texts.rows)):
+                recordings = source.recordings(clip)
+                durations = [duration for _, duration in recordings]
                 num_recordings[index] = len(durations)
                 place = 0
                 for number, speed in enumerate(source.speeds):
-                    mine = list(islice(statuses, len(durations)))
+                    mine = [status(FeatureRequest(audio, duration, speed)) for audio, duration in recordings]
                     if None in mine:
                         continue
                     version = make_version(features, speed, durations, [name for name in mine if name])

@@ -1,8 +1,7 @@
 """What the tasks on speech train on: the rows of all sources with their tokens, and their features at each speed."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from ultravox.training.progress import bar
 from ultravox.training.rows import (
     HeardRows,
     SourceRows,
+    Status,
     count_texts,
     keep_out,
     read_sources,
@@ -117,23 +117,24 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     quarantine.require(data.max_quarantine_share, num_rows)
 
     features = Features(model, data.feature_dtype, config.model.audio_encoder)
-    of_rows = (requests_of(source, text.rows) for source, text in zip(sources, texts, strict=True))
-    of_progress = (
-        FeatureRequest(audio, seconds) for source, clip, _ in watched for audio, seconds in source.recordings(clip)
-    )
-    requests = chain(chain.from_iterable(of_rows), of_progress)
-    report = _cache(config, features, list(requests)) if cached else CacheReport([])
-    statuses = iter(report.names) if cached else _check(config, requests, quarantine)
+    report, status = CacheReport([]), _checker(config, quarantine)
+    if cached:
+        requests = [wish for part, text in zip(sources, texts, strict=True) for wish in requests_of(part, text.rows)]
+        requests += [wish for source, clip, _ in watched for wish in _at_speed_1(source, clip)]
+        report = _cache(config, features, requests)
+        names = iter(report.names)
+        status = lambda _: next(names)  # noqa: E731
     stack_factor = model.config.stack_factor
     heard = [
-        HeardRows(source, text, statuses, features, stack_factor) for source, text in zip(sources, texts, strict=True)
+        HeardRows(source, text, status, features, stack_factor) for source, text in zip(sources, texts, strict=True)
     ]
     progress_examples = []
     for source, clip, example in watched:
-        seconds = [duration for _, duration in source.recordings(clip)]
-        mine = list(islice(statuses, len(seconds)))
+        wishes = _at_speed_1(source, clip)
+        mine = [status(wish) for wish in wishes]
         if None not in mine:
-            example.versions.append(make_version(features, 1.0, seconds, [name for name in mine if name]))
+            entries = [name for name in mine if name]
+            example.versions.append(make_version(features, 1.0, [wish.seconds for wish in wishes], entries))
             progress_examples.append(example)
     quarantine.update(report.quarantined)
     quarantine.require(data.max_quarantine_share, num_rows)
@@ -193,16 +194,23 @@ def _cache(config: RunConfig, features: Features, requests: list[FeatureRequest]
         )
 
 
-def _check(config: RunConfig, requests: Iterable[FeatureRequest], quarantine: Quarantine) -> Iterator[str | None]:
+def _checker(config: RunConfig, quarantine: Quarantine) -> Status:
     """Without a cache: an entry is called "", and a recording's length is believed until the loader decodes it."""
     low, high = config.data.min_audio_seconds, config.data.max_audio_seconds
-    for request in requests:
+
+    def status(request: FeatureRequest) -> str | None:
         reason = "too short" if request.seconds < low else "too long" if request.seconds > high else None
         if reason is None and isinstance(request.audio, Path) and not request.audio.is_file():
             reason = "missing audio"
         if reason:
             quarantine.add(reason, str(request.audio))
-        yield None if reason else ""
+        return None if reason else ""
+
+    return status
+
+
+def _at_speed_1(source: SourceRows, clip: Clip) -> list[FeatureRequest]:
+    return [FeatureRequest(audio, seconds) for audio, seconds in source.recordings(clip)]
 
 
 def _is_heard(clip: Clip, max_seconds: float, quarantine: Quarantine) -> bool:
