@@ -6,6 +6,7 @@ The clips of a source are prepared again and again under new ids and with a numb
 many rows, and four times as many. A fresh process then opens each as the quickstart's stage `tune` does (transcription,
 with one phrasing and with all; features not cached), plans, and makes batches of it, decoding and all. What a row takes
 is the difference of the two divided by the rows between them, so that the model and the libraries fall out of it.
+Seconds are the processor's, of all cores, so that a busy machine changes little.
 Memory is what the process itself has written: pages of files that are mapped can be given back at any time.
 
 Prints JSON, and writes it to `benchmarks/results/rows.json`.
@@ -26,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "rows.json"
 FACTOR = 4
-BATCHES = 50
+BATCHES = 20
 GROWING = ("open_seconds", "plan_seconds", "held_bytes")
 
 
@@ -61,15 +62,15 @@ def measure(folder: str, prompts: str) -> dict[str, float]:
     config.data.cache = "none"
     config.stages = config.stages[1:]
     processor, model = build_processor(config.model), build_model(config.model)
-    before, begin = own_bytes(), time.perf_counter()
+    before, begin = own_bytes(), time.process_time()
     task = TuneTask(model, processor, prepare_speech(config, model, processor), config.stages[0], config.seed)
-    opened = time.perf_counter()
+    opened = time.process_time()
     task.order.num_batches(0, 0)
-    planned = time.perf_counter()
+    planned = time.process_time()
     held = own_bytes()
     for index in range(BATCHES):
         task.batch(Position(0, 0, index))
-    made = time.perf_counter()
+    made = time.process_time()
     return {
         "rows": len(task.examples),
         "open_seconds": opened - begin,

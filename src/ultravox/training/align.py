@@ -36,9 +36,9 @@ class AlignTask(SpeechTask):
         lengths = examples.lengths
         needed = lengths.ctc_tokens[:, None]
         fits = (needed > 0) & (needed <= self.maker.fewest_tokens(lengths)) & lengths.one_window
-        for row, count in enumerate((lengths.exists & ~fits).sum(axis=1).tolist()):
-            if count:
-                self.left_out += [examples[row].id] * count
+        too_short = (lengths.exists & ~fits).sum(axis=1)
+        for row in np.flatnonzero(too_short).tolist():
+            self.left_out += [examples[row].id] * int(too_short[row])
         chosen = fits.any(axis=1)
         if not chosen.any():
             raise DataError(
