@@ -17,7 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -249,7 +249,7 @@ def shard_paths(folder: str | Path, split: str) -> Iterator[Path]:
 
 def _clip(row: Mapping[str, Any], path: Path, row_group: int, place: int) -> Clip:
     def audio(index: int, cell: Mapping[str, Any]) -> ParquetAudio:
-        return ParquetAudio(path, row_group, place, index, PurePosixPath(cell["path"]).suffix)
+        return ParquetAudio(path, row_group, place, index, os.path.splitext(cell["path"])[1])
 
     more = zip(row["more_audio"] or (), row["more_num_samples"] or (), strict=True)
     return Clip(
