@@ -3,11 +3,12 @@
     python benchmarks/rows.py [--rows 100000] [--source asterisk-en] [--rounds 2]
 
 The shortest clips of a source are prepared again and again under new ids and with a number in each text, until there
-are so many rows, and four times as many, in small shards: of both, more than a process keeps open. A fresh process then opens each as the quickstart's stage `tune` does (transcription,
-with one phrasing and with all; features not cached), plans, and makes batches of it, decoding and all. What a row takes
-is the difference of the two divided by the rows between them, so that the model and the libraries fall out of it.
-Seconds are the processor's, of all cores, so that a busy machine changes little.
-Memory is what the process itself has written: pages of files that are mapped can be given back at any time.
+are so many rows, and four times as many, in small shards: of both, more than a process keeps open. A fresh process then
+opens each as the quickstart's stage `tune` does (transcription, with one phrasing and with all; features not cached),
+plans, and makes batches of it, decoding and all. What a row takes is the difference of the two divided by the rows
+between them, so that the model and the libraries fall out of it. Seconds are the processor's, of all cores, so that a
+busy machine changes little. Memory is what the process itself has written: pages of files that are mapped can be given
+back at any time.
 
 Prints JSON, and writes it to `benchmarks/results/rows.json`.
 """
