@@ -83,6 +83,7 @@ class SpeechData:
     """What had to be encoded."""
     quarantine: Quarantine
     max_quarantine_share: float
+    min_audio_seconds: float
     max_audio_seconds: float
     num_rows: int
     """Of all sources, before any was set aside; of a stream, those that were looked at since this process began."""
@@ -104,13 +105,15 @@ class SpeechData:
     def set_aside(self, faults: Sequence[tuple[str, str]], num_rows: int = 0, epoch: int = 0) -> None:
         """Take note of recordings that turned out to be unusable: reasons and names. DataError when too many are.
 
-        Of a stream, `num_rows` more were looked at, in this `epoch`; in its first, it is not judged by a few rows.
+        Of a stream, `num_rows` more were looked at, in this `epoch`; in its first, a few rows are judged as if those to
+        come were good.
         """
         self.num_rows += num_rows
         for reason, name in faults:
             self.quarantine.add(reason, name)
-        if faults and (self.stream is None or epoch > 0 or self.num_rows >= ROWS_TO_JUDGE):
-            self.quarantine.require(self.max_quarantine_share, self.num_rows)
+        if faults:
+            coming = max(0, ROWS_TO_JUDGE - self.num_rows) if self.stream is not None and epoch == 0 else 0
+            self.quarantine.require(self.max_quarantine_share, self.num_rows, coming=coming)
 
     def describe(self) -> str:
         """What there is to train on, in one line."""
@@ -144,9 +147,11 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         parts[source_key(source)] = [loaded.fingerprint]
         rows += [(index, clip) for clip in loaded.clips]
     cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
+    features = Features(model, data.feature_dtype, config.model.audio_encoder)
+    limits = audio_limits(config, features)
     progress, training = _keep_out(data.sources, rows, config.evaluation.num_progress_clips)
     if not cached:
-        progress = [(index, clip) for index, clip in progress if _is_heard(clip, data.max_audio_seconds, quarantine)]
+        progress = [(index, clip) for index, clip in progress if _is_heard(clip, limits, quarantine)]
 
     # Text before audio: what is wrong with it is found out before hours of encoding
     found: dict[int, Example] = {}
@@ -160,13 +165,12 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
             quarantine.add(error.reason, clip.id)
     quarantine.require(data.max_quarantine_share, num_rows)
 
-    features = Features(model, data.feature_dtype, config.model.audio_encoder)
     wanted = [(i, clip, speed) for i, clip in training for speed in data.sources[i].speeds or data.speeds]
     wanted = [choice for choice in [*wanted, *((i, clip, 1.0) for i, clip in progress)] if id(choice[1]) in found]
     heard = [templates[index].recordings(clip) for index, clip, _ in wanted]
     requests = [FeatureRequest(a, s, wish[2]) for wish, many in zip(wanted, heard, strict=True) for a, s in many]
-    report = _cache(config, features, requests) if cached else _check(config, requests)
-    quarantine.update(report.quarantined)
+    report = _cache(config, features, requests, limits) if cached else _check(limits, requests)
+    _set_aside_rows(quarantine, report, [(clip.id, many) for (_, clip, _), many in zip(wanted, heard, strict=True)])
     quarantine.require(data.max_quarantine_share, num_rows)
 
     remaining = iter(report.names)
@@ -189,7 +193,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         report,
         quarantine,
         data.max_quarantine_share,
-        data.max_audio_seconds,
+        *limits,
         num_rows,
         {key: fingerprint(strings) for key, strings in parts.items()},
         {source_key(source): sum(e.source == i for e in examples) for i, source in enumerate(data.sources)},
@@ -207,23 +211,50 @@ def make_version(features: Features, speed: float, seconds: list[float], names: 
     return Version(speed, sum(seconds) / speed, frames, [name for name in names if name])
 
 
-def _cache(config: RunConfig, features: Features, requests: list[FeatureRequest]) -> CacheReport:
+def audio_limits(config: RunConfig, features: Features) -> tuple[float, float]:
+    """Seconds of the shortest and the longest recording that are used: as asked for, and no shorter than a frame."""
+    data = config.data
+    speed = max(max(source.speeds or data.speeds) for source in data.sources)
+    changed = 1 + max(stage.augment.waveform.speed for stage in config.stages)
+    return max(data.min_audio_seconds, features.min_seconds(speed * changed)), data.max_audio_seconds
+
+
+def _set_aside_rows(
+    quarantine: Quarantine, report: CacheReport, rows: Sequence[tuple[str, Sequence[tuple[Audio, float]]]]
+) -> None:
+    """Count every row that lacks a recording: the first goes by the file's name, others by their ids as well."""
+    if not report.quarantined:
+        return
+    users: dict[str, dict[str, None]] = {}
+    for name, recordings in rows:
+        for audio, _ in recordings:
+            users.setdefault(str(audio), {})[name] = None
+    for reason, files in report.quarantined.items():
+        for file in files:
+            quarantine.add(reason, file)
+            for name in list(users.get(file, ()))[1:]:
+                quarantine.add(reason, f"{file} ({name})")
+
+
+def _cache(
+    config: RunConfig, features: Features, requests: list[FeatureRequest], limits: tuple[float, float]
+) -> CacheReport:
     """Compute the features that are not cached yet."""
     data = config.data
     with bar("computing log-mel features" if features.trains else "encoding speech once") as on_progress:
         return features.cache.build(
             requests,
             features.encode,
-            min_seconds=data.min_audio_seconds,
-            max_seconds=data.max_audio_seconds,
+            min_seconds=limits[0],
+            max_seconds=limits[1],
             cap=SizeCap(round(data.max_cache_gb * 1e9), features.steps_per_second) if data.max_cache_gb else None,
             on_progress=on_progress,
         )
 
 
-def _check(config: RunConfig, requests: list[FeatureRequest]) -> CacheReport:
+def _check(limits: tuple[float, float], requests: list[FeatureRequest]) -> CacheReport:
     """Without a cache: an entry is called "", and a recording's length is believed until the loader decodes it."""
-    low, high = config.data.min_audio_seconds, config.data.max_audio_seconds
+    low, high = limits
     report = CacheReport(names=[""] * len(requests))
     for index, request in enumerate(requests):
         reason = "too short" if request.seconds < low else "too long" if request.seconds > high else None
@@ -235,14 +266,22 @@ def _check(config: RunConfig, requests: list[FeatureRequest]) -> CacheReport:
     return report
 
 
-def _is_heard(clip: Clip, max_seconds: float, quarantine: Quarantine) -> bool:
+def _is_heard(clip: Clip, limits: tuple[float, float], quarantine: Quarantine) -> bool:
     """Whether a clip can be decoded; if not, it is set aside. Without a cache, nothing else tells it beforehand."""
     try:
-        load_waveform(clip.audio, max_seconds=max_seconds)
+        load_within(clip.audio, *limits)
     except AudioError as error:
         quarantine.add(audio_fault(error, clip.audio), clip.id)
         return False
     return True
+
+
+def load_within(audio: Audio, min_seconds: float, max_seconds: float) -> np.ndarray:
+    """`load_waveform`; AudioError also when the recording is shorter than its row may have said."""
+    waveform = load_waveform(audio, max_seconds=max_seconds)
+    if (seconds := len(waveform) / SAMPLE_RATE) < min_seconds:
+        raise AudioError(f"{audio} is too short: {seconds:g} s, expected {min_seconds:g} s or more")
+    return waveform
 
 
 def source_spec(source: SourceConfig) -> SourceSpec:

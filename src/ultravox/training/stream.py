@@ -22,6 +22,7 @@ from ultravox.training.features import Features
 from ultravox.training.speech import (
     Example,
     SpeechData,
+    audio_limits,
     make_example,
     make_version,
     source_key,
@@ -54,6 +55,7 @@ class SpeechStream:
         (source,) = config.data.sources
         self._config, self._processor, self._features = config, processor, features
         self._speeds = source.speeds or config.data.speeds
+        self.limits = audio_limits(config, features)
         self.source = StreamSource(
             source_spec(source),
             window=config.data.stream_window,
@@ -90,13 +92,13 @@ class SpeechStream:
         """The examples of some clips, and reason and id of those that give none."""
         examples: list[Example] = []
         left_out: list[tuple[str, str]] = []
-        data = self._config.data
+        least, most = self.limits
         for clip in clips:
             seconds = [length for _, length in self._template.recordings(clip)]
-            if any(length < data.min_audio_seconds for length in seconds):
+            if any(length < least for length in seconds):
                 left_out.append(("too short", clip.id))
                 continue
-            if any(length > data.max_audio_seconds for length in seconds):
+            if any(length > most for length in seconds):
                 left_out.append(("too long", clip.id))
                 continue
             try:
@@ -130,7 +132,8 @@ def prepare_stream(config: RunConfig, model: Any, processor: Any, *, rank: int =
         cache_report=CacheReport([]),
         quarantine=Quarantine(),
         max_quarantine_share=data.max_quarantine_share,
-        max_audio_seconds=data.max_audio_seconds,
+        min_audio_seconds=stream.limits[0],
+        max_audio_seconds=stream.limits[1],
         num_rows=0,
         fingerprints={key: stream.fingerprint},
         sizes={key: 0},
