@@ -97,6 +97,8 @@ class SpeechData:
     """What trains in any stage of the run."""
     stream: "SpeechStream | None" = None
     """Where the examples come from while training, when they are not here."""
+    epoch: int = 0
+    """Of a stream: the last one that rows were looked at in."""
 
     def uses_cache(self, stage: StageConfig) -> bool:
         """Whether a stage reads the cache, or decodes in every epoch."""
@@ -108,6 +110,9 @@ class SpeechData:
         Of a stream, `num_rows` more were looked at, in this `epoch`; in its first, a few rows are judged as if those to
         come were good.
         """
+        if self.stream is not None and epoch > self.epoch:
+            self.quarantine.require(self.max_quarantine_share, self.num_rows)  # of the whole epoch before
+            self.epoch = epoch
         self.num_rows += num_rows
         for reason, name in faults:
             self.quarantine.add(reason, name)
@@ -170,7 +175,8 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     heard = [templates[index].recordings(clip) for index, clip, _ in wanted]
     requests = [FeatureRequest(a, s, wish[2]) for wish, many in zip(wanted, heard, strict=True) for a, s in many]
     report = _cache(config, features, requests, limits) if cached else _check(limits, requests)
-    _set_aside_rows(quarantine, report, [(clip.id, many) for (_, clip, _), many in zip(wanted, heard, strict=True)])
+    ids = [clip.id for (_, clip, _), recordings in zip(wanted, heard, strict=True) for _ in recordings]
+    _set_aside_rows(quarantine, report, requests, ids)
     quarantine.require(data.max_quarantine_share, num_rows)
 
     remaining = iter(report.names)
@@ -220,20 +226,25 @@ def audio_limits(config: RunConfig, features: Features) -> tuple[float, float]:
 
 
 def _set_aside_rows(
-    quarantine: Quarantine, report: CacheReport, rows: Sequence[tuple[str, Sequence[tuple[Audio, float]]]]
+    quarantine: Quarantine, report: CacheReport, requests: Sequence[FeatureRequest], ids: Sequence[str]
 ) -> None:
-    """Count every row that lacks a recording: the first goes by the file's name, others by their ids as well."""
-    if not report.quarantined:
-        return
+    """Count every row that lacks a recording: a file's first goes by the file's name, others by their ids as well.
+
+    Args:
+        quarantine: of the run.
+        report: of the requests; it names each file once.
+        requests: for recordings.
+        ids: of the row of each request.
+    """
     users: dict[str, dict[str, None]] = {}
-    for name, recordings in rows:
-        for audio, _ in recordings:
-            users.setdefault(str(audio), {})[name] = None
+    for name, request, row_id in zip(report.names, requests, ids, strict=True):
+        if name is None:
+            users.setdefault(str(request.audio), {})[row_id] = None
     for reason, files in report.quarantined.items():
         for file in files:
             quarantine.add(reason, file)
-            for name in list(users.get(file, ()))[1:]:
-                quarantine.add(reason, f"{file} ({name})")
+            for row_id in list(users.get(file, ()))[1:]:
+                quarantine.add(reason, f"{file} ({row_id})")
 
 
 def _cache(
