@@ -186,7 +186,7 @@ def test_single_bad_rows_are_set_aside(tmp_path):
             "without audio": ["r1"],
             "damaged audio": ["r2"],
             "without text": ["r3"],
-            "id twice": ["r0 (row 4)"],
+            "id twice": ["r0 (shard 0, row 4)" if streaming else "r0 (row 4)"],
         }
 
 

@@ -8,6 +8,7 @@ import pytest
 from faulty_runs import config_for, one_line, summary_of, write_rows, write_shards
 
 from ultravox.cli.main import main
+from ultravox.config.schema import RunConfig
 from ultravox.data.prepared import iter_prepared
 from ultravox.errors import DataError
 from ultravox.training.run import run_training
@@ -57,6 +58,22 @@ def test_one_damaged_recording_of_many_rows_is_as_many_faults(parts, rows, tmp_p
     (names,) = summary_of(run)["quarantined_files"].values()
     assert len(names) == 4
     assert str(broken) in names
+
+
+@pytest.mark.parametrize("fault", ["missing audio", "without text", "damaged or truncated", "decoded"])
+def test_one_dataset_for_two_tasks_has_its_faults_twice(parts, rows, tmp_path, fault):
+    """The threshold, where two sources read the same rows: 2 of 64 and not 1, so that tasks do not thin faults out."""
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(Path(rows[0]["audio"]).read_bytes()[:400])
+    bad = {"audio": "nowhere.wav"} if fault == "missing audio" else {"audio": str(broken)}
+    rows[9] |= {"text": None, "answer": None} if fault == "without text" else bad
+    source = write_rows(tmp_path / "set.jsonl", rows)
+    cache = "none" if fault == "decoded" else "auto"
+    content = config_for(parts, source, tmp_path / "run", cache=cache, steps=25).model_dump(mode="json")
+    content["data"] |= {"max_quarantine_share": 1.5 / 64}
+    content["data"]["sources"].append({**content["data"]["sources"][0], "task": "answer"})
+    with pytest.raises(DataError, match=r"2 of 64 clips cannot be used"):
+        run_training(RunConfig.model_validate(content))
 
 
 def test_repeated_ids_are_left_out_of_what_is_prepared_and_fail_when_strict(rows, tmp_path, capsys):

@@ -123,7 +123,7 @@ class HuggingFaceSource(ShardedSource):
     @cached_property
     def stream(self) -> Any:
         """The split as an ``IterableDataset`` of Arrow tables; nothing of it is read yet."""
-        with _explained(self.spec):
+        with _explained(self.spec, self._local_split()):
             return self._builder.as_streaming_dataset(split=self.spec.split).with_format("arrow")
 
     def shard_rows(self, shard: int, start: int = 0) -> Iterator[Row]:
@@ -158,7 +158,7 @@ class HuggingFaceSource(ShardedSource):
         import datasets
 
         files = self._local_split()
-        with _explained(self.spec):
+        with _explained(self.spec, files):
             if files:
                 kind = "arrow" if files[0].endswith(".arrow") else "parquet"
                 return datasets.load_dataset_builder(kind, data_files={self.spec.split: files})

@@ -16,7 +16,7 @@ from ultravox.data.quarantine import audio_fault
 from ultravox.data.stream_order import StreamedBatch
 from ultravox.errors import AudioError
 from ultravox.training.features import Features
-from ultravox.training.speech import Example, Version, load_within
+from ultravox.training.speech import Example, Version, load_within, source_place
 
 
 @dataclass(slots=True)
@@ -158,7 +158,8 @@ class BatchMaker:
             try:
                 recordings = self._recordings(example, version, epoch, copy)
             except AudioError as error:
-                made.faults.append((audio_fault(error, example.recordings[0]), example.id))
+                place = f" ({source_place(example.source)})" if example.source else ""
+                made.faults.append((audio_fault(error, example.recordings[0]), example.id + place))
                 continue
             made.ids.append(example.id)
             made.uids.append(example.uid)

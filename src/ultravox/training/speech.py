@@ -148,7 +148,9 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         templates.append(PromptTemplate(source.task, source.prompts, source.response))
         templates[-1].require_columns(loaded.clips, f"source {source.name}")
         num_rows += loaded.num_rows
-        quarantine.update(loaded.left_out)
+        for reason, names in loaded.left_out.items():
+            for name in names:
+                quarantine.add_row(reason, name, source_place(index))
         parts[source_key(source)] = [loaded.fingerprint]
         rows += [(index, clip) for clip in loaded.clips]
     cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
@@ -167,7 +169,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
             found[id(clip)] = make_example(index, clip, templates[index], processor, config, name)
             parts[key] += tokens_of(found[id(clip)])
         except UnusableRow as error:
-            quarantine.add(error.reason, clip.id)
+            quarantine.add_row(error.reason, clip.id, source_place(index))
     quarantine.require(data.max_quarantine_share, num_rows)
 
     wanted = [(i, clip, speed) for i, clip in training for speed in data.sources[i].speeds or data.speeds]
@@ -175,8 +177,8 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     heard = [templates[index].recordings(clip) for index, clip, _ in wanted]
     requests = [FeatureRequest(a, s, wish[2]) for wish, many in zip(wanted, heard, strict=True) for a, s in many]
     report = _cache(config, features, requests, limits) if cached else _check(limits, requests)
-    ids = [clip.id for (_, clip, _), recordings in zip(wanted, heard, strict=True) for _ in recordings]
-    _set_aside_rows(quarantine, report, requests, ids)
+    users = [(index, clip.id) for (index, clip, _), recordings in zip(wanted, heard, strict=True) for _ in recordings]
+    _set_aside_rows(quarantine, report, requests, users)
     quarantine.require(data.max_quarantine_share, num_rows)
 
     remaining = iter(report.names)
@@ -225,26 +227,34 @@ def audio_limits(config: RunConfig, features: Features) -> tuple[float, float]:
     return max(data.min_audio_seconds, features.min_seconds(speed * changed)), data.max_audio_seconds
 
 
+def source_place(index: int) -> str:
+    """Which of data.sources a row is of, where two have rows of one name."""
+    return f"source {index + 1}"
+
+
 def _set_aside_rows(
-    quarantine: Quarantine, report: CacheReport, requests: Sequence[FeatureRequest], ids: Sequence[str]
+    quarantine: Quarantine,
+    report: CacheReport,
+    requests: Sequence[FeatureRequest],
+    rows: Sequence[tuple[int, str]],
 ) -> None:
-    """Count every row that lacks a recording: a file's first goes by the file's name, others by their ids as well.
+    """Count every row that lacks a recording: a file's first goes by the file's name, others by their own as well.
 
     Args:
         quarantine: of the run.
         report: of the requests; it names each file once.
         requests: for recordings.
-        ids: of the row of each request.
+        rows: source and id of the row of each request.
     """
-    users: dict[str, dict[str, None]] = {}
-    for name, request, row_id in zip(report.names, requests, ids, strict=True):
+    users: dict[str, dict[tuple[int, str], None]] = {}
+    for name, request, row in zip(report.names, requests, rows, strict=True):
         if name is None:
-            users.setdefault(str(request.audio), {})[row_id] = None
+            users.setdefault(str(request.audio), {})[row] = None
     for reason, files in report.quarantined.items():
         for file in files:
             quarantine.add(reason, file)
-            for row_id in list(users.get(file, ()))[1:]:
-                quarantine.add(reason, f"{file} ({row_id})")
+            for index, row_id in list(users.get(file, ()))[1:]:
+                quarantine.add(reason, f"{file} ({row_id}, {source_place(index)})")
 
 
 def _cache(
