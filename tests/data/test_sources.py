@@ -215,7 +215,7 @@ def test_single_bad_rows_are_set_aside_with_their_reason(folder):
         "bad duration": ["2", "3"],
         "without text": ["4", "5", "6"],
         "damaged audio": ["7", "8"],
-        "id twice": ["0"],
+        "id twice": ["0 (line 10)"],
     }
     assert loaded.num_rows == 11
 

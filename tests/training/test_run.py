@@ -387,15 +387,16 @@ def test_bad_clips_fail_the_run_by_reason(parts, tmp_path, capsys):
     shutil.copytree(parts[1], tmp_path / "tones")
     (tmp_path / "tones" / "audio" / "003.wav").write_bytes(b"RIFFnonsense")
     config = short_config((parts[0], tmp_path / "tones"), tmp_path / "run", steps=(1, 1))
-    with pytest.raises(DataError, match=r"1 of 42 clips cannot be used \(1 damaged or truncated|1 not readable"):
+    with pytest.raises(DataError, match=r"2 of 42 clips cannot be used \(2 not readable as audio\)"):
         run_training(config)
     content = config.model_dump(mode="json")
     content["data"]["max_quarantine_share"] = 0.1
     run = run_training(type(config).model_validate(content))
     summary = json.loads((run / "train.json").read_text())
-    assert sum(summary["quarantined"].values()) == 1
+    assert summary["quarantined"] == {"not readable as audio": 2}
     (named,) = summary["quarantined_files"].values()
-    assert named == [str(tmp_path / "tones" / "audio" / "003.wav")]
+    path = tmp_path / "tones" / "audio" / "003.wav"
+    assert named == [str(path), f"{path} (tone-003, source 2)"], "a row of each source"
     assert named[0] in " ".join(capsys.readouterr().err.split())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ultravox.audio.content import Audio
+from ultravox.audio.waveform import MAX_SECONDS
 from ultravox.errors import AudioError
 
 SLACK_SECONDS = 0.05  # manifests round, and codecs end at a frame
@@ -35,10 +36,16 @@ class AudioSegment:
         """The part as a WAV file of 32-bit floats at the recording's own rate; nothing before it is decoded.
 
         Raises:
-            AudioError: the recording is missing, no wav, flac, ogg, opus or mp3 file, or ends before the part does.
+            AudioError: it is too long; the recording is missing, no wav, flac, ogg, opus or mp3 file, or ends before
+                the part does.
         """
         import soundfile
 
+        if self.seconds > MAX_SECONDS:
+            raise AudioError(
+                f"{self} lasts {self.seconds:.0f} s or more: at most {MAX_SECONDS:.0f} s are accepted; "
+                "name shorter parts"
+            )
         source = self.audio if isinstance(self.audio, Path) else io.BytesIO(self.audio.read())
         if isinstance(source, Path) and not source.is_file():
             raise AudioError(f"{source} does not exist: give the recording that the part is of")

@@ -33,6 +33,7 @@ MIN_SPEECH_SECONDS = 0.1  # no word is shorter, and a model that is asked what w
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 2_000, 384_000  # samples per second; a header outside of this lies
 MAX_CHANNELS = 64
 BLOCK_FRAMES = 1 << 16
+UNKNOWN_FRAMES = 1 << 62  # libsndfile counts more where a header leaves it open, as encoders do that write to a pipe
 SLACK_SECONDS = 0.25  # codecs round a file's length to their frame size
 RAW_FORMATS = {".g722": "g722"}  # without a header, so that only the name can tell
 FORMATS_HINT = "give a wav, flac, mp3, ogg, m4a or webm file"
@@ -64,6 +65,9 @@ def load_waveform(
     Raises:
         AudioError: missing, empty, truncated, not audio, without samples, with NaN, or too long.
     """
+    told = getattr(source, "seconds", None)  # of a part of a recording, which is decoded to be read
+    if told is not None and told > max_seconds:
+        raise _too_long(str(source), told, max_seconds)
     name, file, suffix = _open(source)
     with file:
         decoder = _open_decoder(name, file, suffix)
@@ -73,7 +77,7 @@ def load_waveform(
         blocks = list(_limited(name, decoder, max_seconds))
     num_source = sum(map(len, blocks))
     if num_source == 0:
-        raise AudioError(f"{name} holds no audio samples: expected speech; record or export it again")
+        raise _without_samples(name)
     seconds = num_source / decoder.rate
     if declared is not None and seconds < 0.98 * declared - SLACK_SECONDS:
         raise AudioError(
@@ -91,7 +95,7 @@ def audio_seconds(source: str | Path | AudioContent | BinaryIO, name: str = "the
         name: of an open file, in messages.
 
     Raises:
-        AudioError: missing, empty, truncated or not audio, or the header does not tell.
+        AudioError: missing, empty, truncated, without samples or not audio, or the header does not tell.
     """
     if hasattr(source, "seek"):
         file, suffix = cast(BinaryIO, source), ""
@@ -101,6 +105,8 @@ def audio_seconds(source: str | Path | AudioContent | BinaryIO, name: str = "the
         declared = _open_decoder(name, file, suffix).declared_seconds
     if declared is None:
         raise AudioError(f"the header of {name} does not tell its length: name its duration in the row")
+    if declared == 0:
+        raise _without_samples(name)
     return declared
 
 
@@ -143,6 +149,10 @@ def _resample(waveform: np.ndarray, rate: int) -> np.ndarray:
 
     resampled = soxr.resample(waveform, rate, SAMPLE_RATE).astype(np.float32)
     return resampled if len(resampled) else np.zeros(1, dtype=np.float32)
+
+
+def _without_samples(name: str) -> AudioError:
+    return AudioError(f"{name} holds no audio samples: expected speech; record or export it again")
 
 
 def _too_long(name: str, seconds: float, max_seconds: float) -> AudioError:
@@ -202,6 +212,9 @@ def _find_decoder(name: str, file: BinaryIO, suffix: str) -> _Decoder:
         return _open_av(name, file, None)
     if sound.channels > MAX_CHANNELS:
         raise AudioError(f"{name} declares {sound.channels} channels: at most {MAX_CHANNELS} are accepted")
+    if sound.frames >= UNKNOWN_FRAMES:  # libsndfile would fail at the end, wherever that is
+        file.seek(0)
+        return _open_av(name, file, None)
     rate = sound.samplerate
     return _Decoder(rate, sound.frames / rate if rate else None, _sound_blocks(name, sound))
 

@@ -1,7 +1,8 @@
 """One row of any source, checked: a recording and what is said in it, a conversation, or a text alone."""
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -79,6 +80,9 @@ class RowReader:
             ours["id"] = default_id
         _check_types(ours, place, self.needs_audio)
         name = str(ours["id"])
+        if (half := _half_character([*ours.values(), *rest.values()])) is not None:
+            name = name.encode("utf-8", "backslashreplace").decode()  # it is written to files
+            raise RowFault("not Unicode", name, f"{place}: the row holds {half!r}, half of a character")
         audio = ours.get("audio")
         heard = [] if audio is None else audio if isinstance(audio, list) else [audio]
         if not heard and self.needs_audio:
@@ -174,6 +178,19 @@ def _check_types(ours: Mapping[str, Any], place: str, needs_audio: bool) -> None
             raise DataError(f"{place}: {key!r} must be a string, got {value!r}")
     if ours["id"] is None:
         raise DataError(f"{place}: the key 'id' is missing")
+
+
+def _half_character(values: Iterable[Any]) -> str | None:
+    """What no file can hold in UTF-8: JSON can name one half of a surrogate pair, and a cut text ends in one."""
+    try:
+        for value in values:
+            if isinstance(value, str):
+                value.encode()
+            elif isinstance(value, list | tuple | dict):
+                json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        return error.object[error.start : error.end]
+    return None
 
 
 def _or_empty(value: Any) -> Any:

@@ -7,9 +7,10 @@ A map-style dataset's audio stays where it is, as `ArrowCell`; a streamed row br
 import contextlib
 import hashlib
 import json
+import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class HuggingFaceSource(ShardedSource):
         for entry in dataset.cache_files:
             file, in_file = entry["filename"], 0
             for batch in arrow_audio.table_of(file).to_batches():
-                for row in _row_dicts(batch, self._audio_keys(batch.schema.names), features):
+                for row in _row_dicts(batch, self._audio_keys(batch.schema.names), features, (self._label, number)):
                     label = f"{self._label}, row {number}"
                     yield self._row(reader, row, label, f"{self.spec.split}-{number}", (file, in_file))
                     number, in_file = number + 1, in_file + 1
@@ -105,7 +106,8 @@ class HuggingFaceSource(ShardedSource):
                 place = ("parquet",) if files else self._place()
                 options = {"data_files": {spec.split: files}} if files else {"revision": spec.revision}
                 home = {"cache_dir": str(ultravox_home() / "datasets")} if self.is_local else {}
-                dataset = datasets.load_dataset(*place, split=spec.split, **options, **home)
+                with _explained(spec, files):
+                    dataset = datasets.load_dataset(*place, split=spec.split, **options, **home)
         there = sum(arrow_audio.table_of(entry["filename"]).num_rows for entry in dataset.cache_files)
         if there != dataset.num_rows:
             raise DataError(f"{self.name}: {spec.split!r} is a part of a split; name the split, and use max_clips")
@@ -121,13 +123,13 @@ class HuggingFaceSource(ShardedSource):
     @cached_property
     def stream(self) -> Any:
         """The split as an ``IterableDataset`` of Arrow tables; nothing of it is read yet."""
-        with _explained(self.spec):
+        with _explained(self.spec, self._local_split()):
             return self._builder.as_streaming_dataset(split=self.spec.split).with_format("arrow")
 
     def shard_rows(self, shard: int, start: int = 0) -> Iterator[Row]:
         features, number = self.stream.features, 0
         reader: RowReader | None = None
-        with _explained(self.spec):
+        with _explained(self.spec, self._local_split()):
             for table in self.stream.shard(self.num_shards, shard).iter(batch_size=ROWS_AT_ONCE):
                 reader = reader or self._reader(table.column_names)
                 number += table.num_rows
@@ -136,8 +138,9 @@ class HuggingFaceSource(ShardedSource):
                 rest = table.slice(max(0, table.num_rows - (number - start)))
                 first = number - rest.num_rows
                 for batch in rest.combine_chunks().to_batches():
-                    for row in _row_dicts(batch, self._audio_keys(batch.schema.names), features):
-                        label = f"{self._label}, shard {shard}, row {first}"
+                    within = f"{self._label}, shard {shard}"
+                    for row in _row_dicts(batch, self._audio_keys(batch.schema.names), features, (within, first)):
+                        label = f"{within}, row {first}"
                         yield self._row(reader, row, label, f"{self.spec.split}-{shard}-{first}", None)
                         first += 1
 
@@ -155,7 +158,7 @@ class HuggingFaceSource(ShardedSource):
         import datasets
 
         files = self._local_split()
-        with _explained(self.spec):
+        with _explained(self.spec, files):
             if files:
                 kind = "arrow" if files[0].endswith(".arrow") else "parquet"
                 return datasets.load_dataset_builder(kind, data_files={self.spec.split: files})
@@ -239,13 +242,18 @@ class _Cell:
         return self
 
 
-def _row_dicts(batch: pa.RecordBatch, audio: tuple[str, ...] | None, features: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a table: the audio as a `_Cell` under its name, other media left out, labels as words."""
+def _row_dicts(
+    batch: pa.RecordBatch, audio: tuple[str, ...] | None, features: Any, place: tuple[str, int]
+) -> Iterator[dict[str, Any]]:
+    """The rows of a table: the audio as a `_Cell` under its name, other media left out, labels as words.
+
+    `place` is where the table lies and the number of its first row there, for messages.
+    """
     kinds = {name: type(feature).__name__ for name, feature in (features or {}).items()}
     media = {name for name, kind in kinds.items() if kind in ("Audio", "Image", "Video")}
     names = [name for name in batch.schema.names if name not in media and (audio is None or (name,) != audio)]
     labels = {name: features[name].names for name in names if features and hasattr(features[name], "int2str")}
-    for index, row in enumerate(batch.select(names).to_pylist()):
+    for index, row in enumerate(_plain_rows(batch.select(names), *place)):
         for name, words in labels.items():
             row[name] = words[row[name]] if row[name] is not None and row[name] >= 0 else None
         if audio is not None:
@@ -257,6 +265,22 @@ def _row_dicts(batch: pa.RecordBatch, audio: tuple[str, ...] | None, features: A
                 inner.pop(audio[-1])  # the bytes themselves are nobody's column
             row[".".join(audio)] = _Cell(scalar, audio)
         yield row
+
+
+def _plain_rows(batch: pa.RecordBatch, where: str, first: int) -> list[dict[str, Any]]:
+    """The rows as Python has them. DataError for a text that is not UTF-8, which Arrow lets pass."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            for name in batch.schema.names:
+                try:
+                    batch.column(name)[row].as_py()
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{where}, row {first + row}: the column {name!r} is not UTF-8; write the file again"
+                    ) from error
+        raise
 
 
 def is_saved(folder: Path) -> bool:
@@ -304,12 +328,13 @@ def _file_identity(name: str, root: Path | None) -> str:
 
 
 @contextlib.contextmanager
-def _explained(spec: SourceSpec) -> Iterator[None]:
-    """Turn the errors of ``datasets`` into ours: one line, with the dataset's name."""
+def _explained(spec: SourceSpec, files: Sequence[str] = ()) -> Iterator[None]:
+    """Turn the errors of ``datasets`` into ours: one line, with the dataset's name or the bad one of `files`."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs, it raises too: one line is enough
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -323,7 +348,26 @@ def _explained(spec: SourceSpec) -> Iterator[None]:
         ) from error
     except (DatasetsError, ValueError, OSError, pa.ArrowException) as error:
         causes: Iterable[BaseException] = (error.__cause__, error) if error.__cause__ else (error,)
+        if bad := next(_bad_files(files), None):
+            raise DataError(bad) from error
         raise DataError(f"{spec.name} cannot be read: {': '.join(map(_first_line, causes))}") from error
+
+
+def _bad_files(files: Sequence[str]) -> Iterator[str]:
+    """What is wrong with each Parquet file that is damaged or without a row. It reads them: for an error at hand."""
+    import pyarrow.parquet as pq
+
+    for file in files:
+        if not file.endswith(".parquet"):
+            continue
+        try:
+            with pq.ParquetFile(file) as opened:
+                if not opened.metadata.num_rows:
+                    yield f"{file} holds no clips: write the dataset without it, or name a split that holds some"
+                for _ in opened.iter_batches():
+                    pass
+        except (OSError, ValueError, pa.ArrowException) as error:
+            yield f"{file} is damaged ({_first_line(error)}): copy or download it again"
 
 
 def _first_line(error: BaseException) -> str:

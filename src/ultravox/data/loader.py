@@ -8,7 +8,7 @@ is: the position of the next step, three integers.
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -154,15 +154,25 @@ class Loader:
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else it draws from the run's own random numbers
         )
-        try:
+        with killed_workers_explained():
             yield from loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a process that makes batches was killed ({error}): if the machine has run out of memory, "
-                "lower data.loader.workers or data.loader.prefetch"
-            ) from error
+
+
+@contextmanager
+def killed_workers_explained() -> Iterator[None]:
+    """Turn PyTorch's error for a worker that was killed into a DataError that says what to do.
+
+    PyTorch raises it from a signal handler, so also while the step computes: around that too it must stand.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that makes batches was killed ({error}): if the machine has run out of memory, "
+            "lower data.loader.workers or data.loader.prefetch"
+        ) from error
 
 
 def _checked(loaded: "Loaded | UltravoxError") -> Loaded:

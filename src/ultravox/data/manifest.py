@@ -175,6 +175,8 @@ def row_of(line: bytes, place: str) -> dict[str, Any]:
         raise DataError(f"{place}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not a whole JSON object ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DataError(f"{place}: not an object that can be read ({str(error).partition(':')[0]})") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}")
     return row

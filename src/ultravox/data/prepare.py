@@ -80,6 +80,7 @@ def prepare_dataset(
             if (info := read_prepared(output)).get("input") != about["input"]:
                 raise DataError(f"{output} holds another prepared dataset: choose another folder, or give --overwrite")
             verify(output)
+            _judge(output, info, max_quarantine_share)
             return Prepared(info, 0)
         progress = _Progress(partial, plans, max_quarantine_share, on_progress)
         context = json.dumps([FORMAT_VERSION, about["made_with"], about["sources"]])
@@ -93,6 +94,19 @@ def prepare_dataset(
         info = describe(partial, reports, progress.left_out, about)
         publish(partial, output, info)
     return Prepared(info, progress.num_built)
+
+
+def _judge(folder: Path, info: Mapping[str, Any], max_share: float) -> None:
+    """DataError when a dataset that is there was prepared with more faulty rows than are wanted now."""
+    quarantine = Quarantine()
+    for line in (folder / info["quarantine"]["file"]).read_text(encoding="utf-8").splitlines():
+        row = LeftOut(**json.loads(line))
+        quarantine.add(row.reason, _name_of(row))
+    quarantine.require(max_share, sum(split["num_read"] for split in info["rows"].values()), SHARE_OPTION)
+
+
+def _name_of(row: LeftOut) -> str:
+    return f"{row.split}/{row.id}: {row.detail}"
 
 
 class _Progress:
@@ -121,7 +135,7 @@ class _Progress:
     def add(self, report: ShardReport) -> ShardReport:
         """Count a shard. DataError when too many rows are faulty."""
         for row in report.left_out:
-            self.quarantine.add(row.reason, f"{row.split}/{row.id}: {row.detail}")
+            self.quarantine.add(row.reason, _name_of(row))
         self.left_out += report.left_out
         self.num_done += report.num_rows + len(report.left_out)
         try:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ultravox.audio.content import NO_AUDIO, Audio, AudioContent, read_audio
+from ultravox.audio.segment import AudioSegment
 from ultravox.audio.waveform import SAMPLE_RATE, load_waveform
 from ultravox.data.clip import Clip
 from ultravox.data.quarantine import audio_fault
@@ -262,6 +263,8 @@ def store(audio: Audio, options: RowOptions) -> Stored | tuple[str, str]:
 
     Errors: AudioError when it cannot be decoded, or its header says that it is too long.
     """
+    if isinstance(audio, AudioSegment) and audio.seconds > options.max_seconds:
+        return "too long", f"{audio} lasts {audio.seconds:.4f} s"  # to read it is to decode it
     if not isinstance(audio, Path):
         audio = _Held(audio.read(), audio.suffix, str(audio))
     waveform = load_waveform(audio, max_seconds=options.max_seconds)

@@ -19,6 +19,7 @@ from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.audio.segment import AudioSegment
 from ultravox.data.clip import Clip, RowFault
 from ultravox.data.first_seen import FirstSeen
+from ultravox.data.quarantine import ID_TWICE
 from ultravox.data.shard import LeftOut, RowOptions, ShardReport, ShardTask, finished_shard
 from ultravox.errors import AudioError, DataError
 
@@ -153,7 +154,7 @@ def _fault(row: Clip | RowFault, before: str | None) -> tuple[str, str] | None:
     if isinstance(row, RowFault):
         return row.reason, str(row)
     if before is not None:
-        return "id twice", f"row {before} of the split, counted from 0, has this id"
+        return ID_TWICE, f"row {before} of the split, counted from 0, has this id"
     return text_fault(row)
 
 

@@ -18,6 +18,7 @@ from ultravox.audio.segment import AudioSegment
 from ultravox.data.clip import Clip, RowFault
 from ultravox.data.columns import Columns
 from ultravox.data.filters import Filters
+from ultravox.data.quarantine import ID_TWICE
 
 Row = tuple[str, Clip | RowFault]
 """The place of a row, for messages, and its clip, or why it has none."""
@@ -167,5 +168,5 @@ def unrepeated(rows: Iterable[Row]) -> Iterator[Row]:
         if isinstance(found, Clip):
             here = place.rpartition(", ")[2]
             if (there := places.setdefault(found.id, here)) != here:
-                found = RowFault("id twice", found.id, f"{place}: id {found.id!r} is already used in {there}")
+                found = RowFault(ID_TWICE, found.id, f"{place}: id {found.id!r} is already used in {there}")
         yield place, found

@@ -233,16 +233,16 @@ def load_source(spec: SourceSpec, on_progress: Callable[[int], None] | None = No
     places: list[int] = []
     most_seconds = float("inf") if spec.max_hours is None else spec.max_hours * 3600
     num_rows, seconds, languages = 0, 0.0, set()
-    for _, found in source.rows() if source.reads_again else unrepeated(source.rows()):
+    for place, found in source.rows() if source.reads_again else unrepeated(source.rows()):
         num_rows += 1
         if on_progress is not None:
             on_progress(num_rows)
         if isinstance(found, RowFault):
-            quarantine.add(found.reason, found.name)
+            quarantine.add_row(found.reason, found.name, place)
             continue
         languages.add(found.language or "none named")
         if reason := usable_reason(found) or spec.filters.reason(found):
-            quarantine.add(reason, found.id)
+            quarantine.add_row(reason, found.id, place)
             continue
         seconds += total_seconds(found)
         if seconds > most_seconds:

@@ -6,7 +6,7 @@ shards once and for all, and a shuffle after it would be of a part. Nothing is s
 what lies in one on resuming. Within a window, whoever plans the batches mixes the rows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,13 @@ import numpy as np
 
 from ultravox.data.clip import Clip, RowFault
 from ultravox.data.huggingface import HuggingFaceSource
-from ultravox.data.quarantine import Quarantine
+from ultravox.data.quarantine import ID_TWICE, Quarantine
 from ultravox.data.source import ShardedSource, SourceSpec
 from ultravox.data.sources import open_source, usable_reason
 from ultravox.errors import CheckpointError, DataError
 
 STATE_VERSION = 1
-ROWS_TO_JUDGE = 1000  # of fewer rows, one bad one may be more than its share
+ROWS_TO_JUDGE = 1000  # of fewer rows, one bad one may be more than its share: it is judged as if the others were good
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,29 +131,30 @@ class StreamSource:
     def _epoch_windows(self, epoch: int, turn: int, row: int) -> Iterator[tuple[list[Clip], tuple[int, int, int]]]:
         """The windows of the rest of an epoch, each with the place behind it."""
         clips: list[Clip] = []
+        ids: set[str] = set()  # of this window: what came before it is not known after resuming
         shards = self.shards(epoch)
         for index in range(turn, len(shards)):
             start = row if index == turn else 0
-            for number, (_, found) in enumerate(self.source.shard_rows(shards[index], start), start=start + 1):
-                if clip := self._usable(found):
+            for number, (place, found) in enumerate(self.source.shard_rows(shards[index], start), start=start + 1):
+                if clip := self._usable(found, place, ids):
                     clips.append(clip)
+                    ids.add(clip.id)
                 if len(clips) == self.window:
                     yield clips, (epoch, index, number)
-                    clips = []
+                    clips, ids = [], set()
         if clips:
             yield clips, (epoch, len(shards), 0)
 
-    def _usable(self, found: Clip | RowFault) -> Clip | None:
+    def _usable(self, found: Clip | RowFault, place: str, ids: Collection[str]) -> Clip | None:
         """The clip of a row, or None and a note in the quarantine."""
         self.num_rows += 1
         if isinstance(found, Clip):
-            reason = usable_reason(found) or self.spec.filters.reason(found)
+            reason = ID_TWICE if found.id in ids else usable_reason(found) or self.spec.filters.reason(found)
             if reason is None:
                 return found
         else:
             reason = found.reason
-        name = found.id if isinstance(found, Clip) else found.name
-        self.quarantine.add(reason, name)
+        name = self.quarantine.add_row(reason, found.id if isinstance(found, Clip) else found.name, place)
         self._left_out.append((reason, name))
         self._judge()
         return None
@@ -165,8 +166,8 @@ class StreamSource:
         self._judge()
 
     def _judge(self) -> None:
-        if self.num_rows >= ROWS_TO_JUDGE:
-            self.quarantine.require(self.max_quarantine_share, self.num_rows)
+        coming = max(0, ROWS_TO_JUDGE - self.num_rows)
+        self.quarantine.require(self.max_quarantine_share, self.num_rows, coming=coming)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the window begins that was yielded last; the very beginning before any was. JSON can hold it."""

@@ -16,6 +16,7 @@ from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.audio.waveform import load_waveform
 from ultravox.data.clip import Clip, RowFault
 from ultravox.data.filters import characters_per_second, num_characters, total_seconds
+from ultravox.data.quarantine import ID_TWICE
 from ultravox.errors import AudioError
 from ultravox.metrics.normalize import spoken_form
 
@@ -32,7 +33,7 @@ DURATION_TOLERANCE = 0.02, 0.1  # share of the row's duration, and seconds
 #: Kinds of findings, the gravest first; those that fail a strict inspection, and what each means.
 FAULTS = {
     "unusable": "the row is damaged: no such file, no duration, recordings and messages that do not fit",
-    "id twice": "another row of the split has this id",
+    ID_TWICE: "another row of the split has this id",
     "unreadable": "the audio cannot be decoded",
     "no text": "no letter or digit in the transcript",
     "text in two splits": "a training text is also an evaluation text",
@@ -116,7 +117,7 @@ def inspect_splits(
     """Look at every row, and hear every file.
 
     Args:
-        splits: name → clips. The one called ``train`` is held against each other one.
+        splits: name → clips. The training splits (`training_splits`) are held against each other one.
         faults: name of a split → its rows that gave no clip.
         decode: also decode the audio; without it a row's duration is believed.
         on_progress: told how many clips of how many are done.
@@ -126,7 +127,7 @@ def inspect_splits(
     total, done = sum(map(len, splits.values())), 0
     for split, clips in splits.items():
         for fault in (faults or {}).get(split, ()):
-            kind = fault.reason if fault.reason == "id twice" else "unusable"
+            kind = fault.reason if fault.reason == ID_TWICE else "unusable"
             findings.append(Finding(kind, split, fault.name, str(fault)))
         for clip in clips:
             found = _of_text(clip)
@@ -197,18 +198,25 @@ def _repeated_audio(places: Mapping[str, Sequence[tuple[str, str]]]) -> list[Fin
 
 
 def _shared_texts(splits: Mapping[str, Sequence[Clip]]) -> list[Finding]:
-    """Texts of the split ``train`` that other splits have too, named there; compared as `spoken_form` leaves them."""
+    """Texts of the training splits that other splits have too, named there; compared as `spoken_form` leaves them."""
+    training = training_splits(list(splits))
     first: dict[str, str] = {}
-    for clip in splits.get("train", ()):
-        first.setdefault(spoken_form(clip.text), clip.id)
+    for split in training:
+        for clip in splits[split]:
+            first.setdefault(spoken_form(clip.text), f"{clip.id} of {split}")
     first.pop("", None)
     return [
-        Finding("text in two splits", split, clip.id, f"as {first[text]} of train: {clip.text}")
+        Finding("text in two splits", split, clip.id, f"as {first[text]}: {clip.text}")
         for split, clips in splits.items()
-        if split != "train"
+        if split not in training
         for clip in clips
         if (text := spoken_form(clip.text)) in first
     ]
+
+
+def training_splits(names: Sequence[str]) -> list[str]:
+    """Those that are trained on, by their names ("train", "train-clean-100", "calls_train"); else the first of all."""
+    return [name for name in names if "train" in name.lower()] or list(names[:1])
 
 
 def _summary(name: str, clips: Sequence[Clip]) -> SplitSummary:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ultravox.config.schema import RunConfig
 from ultravox.data.audit import AuditReport, Check, Expected, audit_records, compare_orders
-from ultravox.data.loader import Loader
+from ultravox.data.loader import Loader, killed_workers_explained
 from ultravox.data.order import DataOrder, PlannedBatch, Position
 from ultravox.data.sample_log import SampleLog, parse_uids, read_sample_logs
 from ultravox.errors import DataError
@@ -125,7 +125,8 @@ def dry_run(
 def _log_rank(folder: Path, loader: Loader, task: SpeechTask, epochs: int, rank: int, world_size: int) -> None:
     """The samples of one rank, up to the first step that reaches beyond the last epoch: only so are they whole."""
     names = [source_key(source) for source in task.data.sources]
-    with SampleLog(folder, rank=rank, world_size=world_size, attempt=0, first_step=0) as log:
+    log = SampleLog(folder, rank=rank, world_size=world_size, attempt=0, first_step=0)
+    with log, killed_workers_explained():
         for step, loaded in enumerate(loader.steps(Position())):
             for item in loaded.batches:
                 log.write(

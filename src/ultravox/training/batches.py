@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ultravox.audio.effects import WaveformAugmenter, generator_for_sample, length_bounds
 from ultravox.audio.lengths import SAMPLE_RATE, num_audio_tokens
-from ultravox.audio.waveform import change_speed, load_waveform
+from ultravox.audio.waveform import change_speed
 from ultravox.data.collate import pad_frames
 from ultravox.data.order import PlannedBatch
 from ultravox.data.quarantine import audio_fault
@@ -17,6 +17,7 @@ from ultravox.data.stream_order import StreamedBatch
 from ultravox.errors import AudioError
 from ultravox.training.examples import Example, Lengths, Version
 from ultravox.training.features import Features
+from ultravox.training.rows import load_within, source_place
 
 
 @dataclass(slots=True)
@@ -105,12 +106,12 @@ class BatchMaker:
         stack_factor: int,
         *,
         from_cache: bool,
-        max_audio_seconds: float,
+        audio_limits: tuple[float, float],
         augmenter: WaveformAugmenter | None = None,
         seed: int = 0,
     ) -> None:
         self.examples, self.features, self.stack_factor = examples, features, stack_factor
-        self.from_cache, self.max_audio_seconds = from_cache, max_audio_seconds
+        self.from_cache, self.audio_limits = from_cache, audio_limits
         self.augmenter, self.seed = augmenter, seed
         self.encoded = from_cache and not features.trains
         """Whether windows are the frames of a frozen encoder."""
@@ -167,7 +168,8 @@ class BatchMaker:
             try:
                 recordings = self._recordings(example, version, epoch, copy)
             except AudioError as error:
-                made.faults.append((audio_fault(error, example.recordings[0]), example.id))
+                place = f" ({source_place(example.source)})" if example.source else ""
+                made.faults.append((audio_fault(error, example.recordings[0]), example.id + place))
                 continue
             made.ids.append(example.id)
             made.uids.append(example.uid)
@@ -189,7 +191,7 @@ class BatchMaker:
             return [self.features.cached_windows([name]) for name in version.names]
         found = []
         for number, audio in enumerate(example.recordings):
-            waveform = change_speed(load_waveform(audio, max_seconds=self.max_audio_seconds), version.speed)
+            waveform = change_speed(load_within(audio, *self.audio_limits), version.speed)
             if self.augmenter is not None:
                 name = f"{example.uid}/{number}"
                 waveform = self.augmenter(waveform, generator_for_sample(self.seed, epoch, name, copy))

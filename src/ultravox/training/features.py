@@ -43,6 +43,11 @@ class Features:
         longest = MAX_WINDOW_SAMPLES + self.encoder.min_samples - 1
         self.slots = WindowSlots(full=steps(MAX_WINDOW_SAMPLES), slot=steps(longest))
 
+    def min_seconds(self, speed: float) -> float:
+        """The shortest recording that the encoder makes a frame of when it is played so fast; 0 = any that there is."""
+        least = self.encoder.min_samples
+        return 0.0 if least == 1 else (least * speed + 1) / SAMPLE_RATE  # + 1: resampling may take one away
+
     def encode(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         """Waveforms to what the cache keeps of them, each [frame, channel]."""
         pieces = [self.heard(waveform) for waveform in waveforms]

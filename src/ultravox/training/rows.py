@@ -5,7 +5,7 @@ prepared one) need not fit into memory.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from ultravox.audio.content import Audio
+from ultravox.audio.lengths import SAMPLE_RATE
+from ultravox.audio.waveform import load_waveform
 from ultravox.config.data import SourceConfig
 from ultravox.config.schema import RunConfig
 from ultravox.data.cache import FeatureRequest
@@ -27,7 +29,7 @@ from ultravox.data.quarantine import Quarantine
 from ultravox.data.source import SourceSpec
 from ultravox.data.sources import load_source
 from ultravox.data.templates import PromptTemplate, UnusableRow
-from ultravox.errors import DataError
+from ultravox.errors import AudioError, DataError
 from ultravox.metrics.normalize import is_said, spoken_form
 from ultravox.training.examples import (
     Example,
@@ -88,6 +90,19 @@ def source_key(source: SourceConfig) -> str:
     return f"{source.name}{subset}/{source.split}/{source.task}"
 
 
+def source_place(index: int) -> str:
+    """Which of data.sources a row is of, where two have rows of one name."""
+    return f"source {index + 1}"
+
+
+def load_within(audio: Audio, min_seconds: float, max_seconds: float) -> np.ndarray:
+    """`load_waveform`; AudioError also when the recording is shorter than its row may have said."""
+    waveform = load_waveform(audio, max_seconds=max_seconds)
+    if (seconds := len(waveform) / SAMPLE_RATE) < min_seconds:
+        raise AudioError(f"{audio} is too short: {seconds:g} s, expected {min_seconds:g} s or more")
+    return waveform
+
+
 def read_sources(config: RunConfig, processor: Any, quarantine: Quarantine) -> tuple[list[SourceRows], int]:
     """The rows of each source, and how many there were of all, those that are set aside included.
 
@@ -100,7 +115,9 @@ def read_sources(config: RunConfig, processor: Any, quarantine: Quarantine) -> t
         template = PromptTemplate(source.task, source.prompts, source.response)
         template.require_columns(loaded.clips, f"source {source.name}")
         num_rows += loaded.num_rows
-        quarantine.update(loaded.left_out)
+        for reason, names in loaded.left_out.items():
+            for name in names:
+                quarantine.add_row(reason, name, source_place(index))
         key = source_key(source)
         maker = ExampleMaker(index, template, processor, config, f"{key} {loaded.fingerprint}")
         speeds = source.speeds or config.data.speeds
@@ -186,6 +203,7 @@ def count_texts(source: SourceRows, rows: np.ndarray, tokenizer: Any, quarantine
     counts = [np.zeros((0, source.template.num_prompts), dtype=np.int32)]
     needed = [np.zeros(0, dtype=np.int32)]
     used = np.zeros(len(tokenizer), dtype=bool)
+    place = source_place(source.maker.source)
     with _progress("tokenising", len(rows)) as on_row:
         clips = pick(source.clips, rows)
         for start in range(0, len(rows), CHUNK_ROWS):
@@ -194,7 +212,7 @@ def count_texts(source: SourceRows, rows: np.ndarray, tokenizer: Any, quarantine
                 try:
                     clip, text = source.maker.texts(next(clips))
                 except UnusableRow as error:
-                    quarantine.add(error.reason, error.row_id)
+                    quarantine.add_row(error.reason, error.row_id, place)
                     continue
                 chunk.append(row)
                 styled.append(clip)
@@ -202,7 +220,7 @@ def count_texts(source: SourceRows, rows: np.ndarray, tokenizer: Any, quarantine
             unusable = np.zeros(len(chunk), dtype=bool)
 
             def set_aside(error: UnusableRow, number: int, unusable: np.ndarray = unusable) -> None:
-                quarantine.add(error.reason, error.row_id)
+                quarantine.add_row(error.reason, error.row_id, place)
                 unusable[number] = True
 
             tokens = token_counts(tokenizer, source.template, styled, set_aside)
@@ -225,18 +243,54 @@ def requests_of(source: SourceRows, rows: np.ndarray) -> Iterator[FeatureRequest
                 yield FeatureRequest(audio, seconds, speed)
 
 
-Status = Callable[[FeatureRequest], str | None]
-"""The entry of a recording in the cache ("" without a cache), or None = it cannot be used."""
+class Hearing:
+    """What became of each recording that is asked for, and which rows cannot be used for want of one."""
+
+    def __init__(self, entry: Callable[[FeatureRequest], str | None]) -> None:
+        """Args:
+        entry: of a recording in the cache ("" without a cache), or None = it cannot be used. It is asked about each of
+            `requests_of`, in their order.
+        """
+        self._entry = entry
+        self._rows: dict[str, dict[tuple[int, str], None]] = {}
+        """Recording → source and id of the rows that it is in; of those that cannot be used."""
+
+    def entries(self, source: SourceRows, clip: Clip, speed: float) -> list[str] | None:
+        """The entries of a row's recordings at one speed; None when one of them cannot be used."""
+        found, whole = [], True
+        for audio, seconds in source.recordings(clip):
+            entry = self._entry(FeatureRequest(audio, seconds, speed))
+            if entry is None:
+                self._rows.setdefault(str(audio), {})[(source.maker.source, clip.id)] = None
+                whole = False
+            else:
+                found.append(entry)
+        return found if whole else None
+
+    def set_aside(self, quarantine: Quarantine, faults: Mapping[str, Iterable[str]]) -> None:
+        """Count every row that lacks a recording: a file's first goes by the file's name, others by their own as well.
+
+        Args:
+            quarantine: of the run.
+            faults: reason → recordings, each named once.
+        """
+        for reason, recordings in faults.items():
+            for recording in recordings:
+                quarantine.add(reason, recording)
+                for index, row_id in list(self._rows.get(recording, ()))[1:]:
+                    quarantine.add(reason, f"{recording} ({row_id}, {source_place(index)})")
 
 
 class HeardRows:
     """Rows of a source whose text and audio can be used."""
 
-    def __init__(self, source: SourceRows, texts: Texts, status: Status, features: Features, stack_factor: int) -> None:
+    def __init__(
+        self, source: SourceRows, texts: Texts, hearing: Hearing, features: Features, stack_factor: int
+    ) -> None:
         """Args:
         source: of the rows.
         texts: of the rows.
-        status: is asked about each of `requests_of`, in their order.
+        hearing: tells of their recordings.
         features: tell how long the encoder's output is.
         stack_factor: of the projector.
         """
@@ -249,15 +303,14 @@ class HeardRows:
         names: list[str] = []
         with _progress("measuring the audio", len(texts.rows)) as on_row:
             for index, clip in enumerate(pick(source.clips, texts.rows)):
-                recordings = source.recordings(clip)
-                durations = [duration for _, duration in recordings]
+                durations = [duration for _, duration in source.recordings(clip)]
                 num_recordings[index] = len(durations)
                 place = 0
                 for number, speed in enumerate(source.speeds):
-                    mine = [status(FeatureRequest(audio, duration, speed)) for audio, duration in recordings]
-                    if None in mine:
+                    entries = hearing.entries(source, clip, speed)
+                    if entries is None:
                         continue
-                    version = make_version(features, speed, durations, [name for name in mine if name])
+                    version = make_version(features, speed, durations, [entry for entry in entries if entry])
                     tokens[index, place] = count_tokens(version, stack_factor)
                     one_window[index, place] = is_one_window(version)
                     seconds[index, place], exists[index, place] = version.seconds, True
@@ -266,9 +319,8 @@ class HeardRows:
                     place += 1
                 on_row(index + 1)
         kept = exists[:, 0]
-        self.lengths = Lengths(texts.tokens, texts.ctc_tokens, tokens, exists, one_window, seconds, num_recordings)[
-            kept
-        ]
+        lengths = Lengths(texts.tokens, texts.ctc_tokens, tokens, exists, one_window, seconds, num_recordings)
+        self.lengths = lengths[kept]
         self._names = np.array(names, dtype=np.bytes_)  # a quarter of the memory of strings
         self._rows, self._places, self._starts = texts.rows[kept], places[kept], starts[kept]
         self.seconds = float((seconds[:, 0] * np.array(source.speeds)[places[:, 0]])[kept].sum())

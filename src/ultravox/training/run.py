@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
-from ultravox.data.loader import Loader
+from ultravox.data.loader import Loader, killed_workers_explained
 from ultravox.data.order import Position
 from ultravox.data.sample_log import SampleLog, next_attempt
 from ultravox.data.sources import require_not_shrunk
@@ -216,6 +216,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     release_freed_memory()  # what the stage before has left
     keep_freed_memory()
     with ExitStack() as stack:
+        stack.enter_context(killed_workers_explained())
         callbacks = _callbacks(context, state, last, stack)
         run_stage(
             task,

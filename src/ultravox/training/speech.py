@@ -1,6 +1,6 @@
 """What the tasks on speech train on: the rows of all sources with their tokens, and their features at each speed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ultravox.audio.waveform import load_waveform
 from ultravox.config.data import SourceConfig
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.cache import CacheReport, FeatureRequest, SizeCap
@@ -22,12 +21,14 @@ from ultravox.training.features import Features
 from ultravox.training.progress import bar
 from ultravox.training.rows import (
     HeardRows,
+    Hearing,
     SourceRows,
-    Status,
     count_texts,
     keep_out,
+    load_within,
     read_sources,
     requests_of,
+    source_place,
     table_of,
 )
 
@@ -51,6 +52,7 @@ class SpeechData:
     """What had to be encoded."""
     quarantine: Quarantine
     max_quarantine_share: float
+    min_audio_seconds: float
     max_audio_seconds: float
     num_rows: int
     """Of all sources, before any was set aside; of a stream, those that were looked at since this process began."""
@@ -66,6 +68,8 @@ class SpeechData:
     """What trains in any stage of the run."""
     stream: "SpeechStream | None" = None
     """Where the examples come from while training, when they are not here."""
+    epoch: int = 0
+    """Of a stream: the last one that rows were looked at in."""
 
     def uses_cache(self, stage: StageConfig) -> bool:
         """Whether a stage reads the cache, or decodes in every epoch."""
@@ -74,13 +78,18 @@ class SpeechData:
     def set_aside(self, faults: Sequence[tuple[str, str]], num_rows: int = 0, epoch: int = 0) -> None:
         """Take note of recordings that turned out to be unusable: reasons and names. DataError when too many are.
 
-        Of a stream, `num_rows` more were looked at, in this `epoch`; in its first, it is not judged by a few rows.
+        Of a stream, `num_rows` more were looked at, in this `epoch`; in its first, a few rows are judged as if those to
+        come were good.
         """
+        if self.stream is not None and epoch > self.epoch:
+            self.quarantine.require(self.max_quarantine_share, self.num_rows)  # of the whole epoch before
+            self.epoch = epoch
         self.num_rows += num_rows
         for reason, name in faults:
             self.quarantine.add(reason, name)
-        if faults and (self.stream is None or epoch > 0 or self.num_rows >= ROWS_TO_JUDGE):
-            self.quarantine.require(self.max_quarantine_share, self.num_rows)
+        if faults:
+            coming = max(0, ROWS_TO_JUDGE - self.num_rows) if self.stream is not None and epoch == 0 else 0
+            self.quarantine.require(self.max_quarantine_share, self.num_rows, coming=coming)
 
     def describe(self) -> str:
         """What there is to train on, in one line."""
@@ -103,9 +112,11 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     quarantine = Quarantine()
     sources, num_rows = read_sources(config, processor, quarantine)
     cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
+    features = Features(model, data.feature_dtype, config.model.audio_encoder)
+    limits = audio_limits(config, features)
     progress, training = keep_out(sources, config.evaluation.num_progress_clips)
     if not cached:
-        progress = [(source, clip) for source, clip in progress if _is_heard(clip, data.max_audio_seconds, quarantine)]
+        progress = [(source, clip) for source, clip in progress if _is_heard(clip, limits, quarantine)]
 
     # Text before audio: what is wrong with it is found out before hours of encoding
     aligns = any(stage.objective == "align" for stage in config.stages)
@@ -116,27 +127,27 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     watched = _make_all(progress, quarantine)
     quarantine.require(data.max_quarantine_share, num_rows)
 
-    features = Features(model, data.feature_dtype, config.model.audio_encoder)
-    report, status = CacheReport([]), _checker(config, quarantine)
     if cached:
         requests = [wish for part, text in zip(sources, texts, strict=True) for wish in requests_of(part, text.rows)]
-        requests += [wish for source, clip, _ in watched for wish in _at_speed_1(source, clip)]
-        report = _cache(config, features, requests)
+        requests += [FeatureRequest(audio, seconds) for s, clip, _ in watched for audio, seconds in s.recordings(clip)]
+        report = _cache(config, features, requests, limits)
         names = iter(report.names)
-        status = lambda _: next(names)  # noqa: E731
+        hearing = Hearing(lambda _: next(names))
+    else:
+        report = CacheReport([])
+        hearing = Hearing(_believer(limits, report.quarantine))
     stack_factor = model.config.stack_factor
     heard = [
-        HeardRows(source, text, status, features, stack_factor) for source, text in zip(sources, texts, strict=True)
+        HeardRows(source, text, hearing, features, stack_factor) for source, text in zip(sources, texts, strict=True)
     ]
     progress_examples = []
     for source, clip, example in watched:
-        wishes = _at_speed_1(source, clip)
-        mine = [status(wish) for wish in wishes]
-        if None not in mine:
-            entries = [name for name in mine if name]
-            example.versions.append(make_version(features, 1.0, [wish.seconds for wish in wishes], entries))
+        entries = hearing.entries(source, clip, 1.0)
+        if entries is not None:
+            durations = [seconds for _, seconds in source.recordings(clip)]
+            example.versions.append(make_version(features, 1.0, durations, [entry for entry in entries if entry]))
             progress_examples.append(example)
-    quarantine.update(report.quarantined)
+    hearing.set_aside(quarantine, report.quarantined)
     quarantine.require(data.max_quarantine_share, num_rows)
     if not any(map(len, heard)):
         raise DataError("no clip is left to train on: check data.sources and the length limits")
@@ -150,7 +161,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         report,
         quarantine,
         data.max_quarantine_share,
-        data.max_audio_seconds,
+        *limits,
         num_rows,
         {part.source.key: part.fingerprint() for part in heard},
         [text.vocabulary for text in texts],
@@ -176,29 +187,39 @@ def _make_all(
             example.prompts = list(example.prompts)
             made.append((source, clip, example))
         except UnusableRow as error:
-            quarantine.add(error.reason, clip.id)
+            quarantine.add_row(error.reason, clip.id, source_place(source.maker.source))
     return made
 
 
-def _cache(config: RunConfig, features: Features, requests: list[FeatureRequest]) -> CacheReport:
+def audio_limits(config: RunConfig, features: Features) -> tuple[float, float]:
+    """Seconds of the shortest and the longest recording that are used: as asked for, and no shorter than a frame."""
+    data = config.data
+    speed = max(max(source.speeds or data.speeds) for source in data.sources)
+    changed = 1 + max(stage.augment.waveform.speed for stage in config.stages)
+    return max(data.min_audio_seconds, features.min_seconds(speed * changed)), data.max_audio_seconds
+
+
+def _cache(
+    config: RunConfig, features: Features, requests: list[FeatureRequest], limits: tuple[float, float]
+) -> CacheReport:
     """Compute the features that are not cached yet."""
     data = config.data
     with bar("computing log-mel features" if features.trains else "encoding speech once") as on_progress:
         return features.cache.build(
             requests,
             features.encode,
-            min_seconds=data.min_audio_seconds,
-            max_seconds=data.max_audio_seconds,
+            min_seconds=limits[0],
+            max_seconds=limits[1],
             cap=SizeCap(round(data.max_cache_gb * 1e9), features.steps_per_second) if data.max_cache_gb else None,
             on_progress=on_progress,
         )
 
 
-def _checker(config: RunConfig, quarantine: Quarantine) -> Status:
+def _believer(limits: tuple[float, float], quarantine: Quarantine) -> Callable[[FeatureRequest], str | None]:
     """Without a cache: an entry is called "", and a recording's length is believed until the loader decodes it."""
-    low, high = config.data.min_audio_seconds, config.data.max_audio_seconds
+    low, high = limits
 
-    def status(request: FeatureRequest) -> str | None:
+    def entry(request: FeatureRequest) -> str | None:
         reason = "too short" if request.seconds < low else "too long" if request.seconds > high else None
         if reason is None and isinstance(request.audio, Path) and not request.audio.is_file():
             reason = "missing audio"
@@ -206,17 +227,13 @@ def _checker(config: RunConfig, quarantine: Quarantine) -> Status:
             quarantine.add(reason, str(request.audio))
         return None if reason else ""
 
-    return status
+    return entry
 
 
-def _at_speed_1(source: SourceRows, clip: Clip) -> list[FeatureRequest]:
-    return [FeatureRequest(audio, seconds) for audio, seconds in source.recordings(clip)]
-
-
-def _is_heard(clip: Clip, max_seconds: float, quarantine: Quarantine) -> bool:
+def _is_heard(clip: Clip, limits: tuple[float, float], quarantine: Quarantine) -> bool:
     """Whether a clip can be decoded; if not, it is set aside. Without a cache, nothing else tells it beforehand."""
     try:
-        load_waveform(clip.audio, max_seconds=max_seconds)
+        load_within(clip.audio, *limits)
     except AudioError as error:
         quarantine.add(audio_fault(error, clip.audio), clip.id)
         return False

@@ -133,7 +133,7 @@ class SpeechTask(abc.ABC):
             self.features,
             self.model.config.stack_factor,
             from_cache=from_cache,
-            max_audio_seconds=self.data.max_audio_seconds,
+            audio_limits=(self.data.min_audio_seconds, self.data.max_audio_seconds),
             augmenter=augmenter,
             seed=self.seed,
         )

@@ -21,7 +21,7 @@ from ultravox.data.templates import PromptTemplate, UnusableRow
 from ultravox.training.examples import Example, ExampleMaker, ExampleTable, make_version, tokens_of
 from ultravox.training.features import Features
 from ultravox.training.rows import source_key, source_spec
-from ultravox.training.speech import SpeechData, trainable_of
+from ultravox.training.speech import SpeechData, audio_limits, trainable_of
 
 ROWS_TO_TRY = 64  # before the run begins
 
@@ -46,8 +46,9 @@ class SpeechStream:
             DataError: no such dataset, shards that cannot be dealt out, or a template that names a missing column.
         """
         (source,) = config.data.sources
-        self._config, self._features, self._stack_factor = config, features, config.model.stack_factor
+        self._features, self._stack_factor = features, config.model.stack_factor
         self._speeds = source.speeds or config.data.speeds
+        self.limits = audio_limits(config, features)
         self.source = StreamSource(
             source_spec(source),
             window=config.data.stream_window,
@@ -85,13 +86,13 @@ class SpeechStream:
         """The examples of some clips, and reason and id of those that give none."""
         examples: list[Example] = []
         left_out: list[tuple[str, str]] = []
-        data = self._config.data
+        least, most = self.limits
         for clip in clips:
             seconds = [length for _, length in self._template.recordings(clip)]
-            if any(length < data.min_audio_seconds for length in seconds):
+            if any(length < least for length in seconds):
                 left_out.append(("too short", clip.id))
                 continue
-            if any(length > data.max_audio_seconds for length in seconds):
+            if any(length > most for length in seconds):
                 left_out.append(("too long", clip.id))
                 continue
             try:
@@ -125,7 +126,8 @@ def prepare_stream(config: RunConfig, model: Any, processor: Any, *, rank: int =
         cache_report=CacheReport([]),
         quarantine=Quarantine(),
         max_quarantine_share=data.max_quarantine_share,
-        max_audio_seconds=data.max_audio_seconds,
+        min_audio_seconds=stream.limits[0],
+        max_audio_seconds=stream.limits[1],
         num_rows=0,
         fingerprints={key: stream.fingerprint},
         vocabularies=[],

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.01,
         help="stop when more than this share of the rows is faulty (default: %(default)s)",
     )
-    rows.add_argument("--strict", action="store_true", help="exit with code 2 when two rows hold the same recording")
+    rows.add_argument("--strict", action="store_true", help="exit with code 2 when two rows share an id or a recording")
     shards = parser.add_argument_group("shards")
     shards.add_argument(
         "--shards-multiple-of",
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare, and print what came out."""
     workers = _check(args)
     from ultravox.data.prepare import prepare_dataset
+    from ultravox.data.quarantine import ID_TWICE
     from ultravox.data.shard import RowOptions
     from ultravox.data.sharding import PrepareOptions
 
@@ -121,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
             on_progress=on_progress,
         )
     _print(prepared, args.output)
-    return EXIT_FAULTS if args.strict and prepared.info["same_audio"]["num_rows"] else 0
+    repeated = prepared.info["same_audio"]["num_rows"] or prepared.info["quarantine"]["counts"].get(ID_TWICE)
+    return EXIT_FAULTS if args.strict and repeated else 0
 
 
 def _open(args: argparse.Namespace) -> "tuple[dict[str, Rows], list[dict[str, Any]]]":
