@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from ultravox.audio.content import Audio
 from ultravox.errors import AudioError, DataError
 
+#: A streamed row that the stage's objective cannot use, such as one without a transcript.
+UNFIT_FOR_OBJECTIVE = "not fit for the stage's objective"
 #: Reasons for leaving a row out that the configuration asks for. They are counted, and are no fault of the row.
-ASKED_FOR = ("too short", "too long", "too slow", "too fast", "other language")
+ASKED_FOR = ("too short", "too long", "too slow", "too fast", "other language", UNFIT_FOR_OBJECTIVE)
 
 
 class Quarantine:

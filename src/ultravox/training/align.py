@@ -1,9 +1,11 @@
 """Task `align`: CTC through the language model's own embedding rows. The language model itself does not run."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ultravox.config.schema import StageConfig
 from ultravox.errors import DataError
@@ -13,17 +15,28 @@ from ultravox.training.speech import Example, SpeechData
 from ultravox.training.speech_task import SpeechTask, padded_rows
 from ultravox.training.task import LossOutput
 
+TOKEN_IDS = "objective.token_ids"
+
 
 class AlignTask(SpeechTask):
-    """Every clip's transcript, whatever its task is when tuning."""
+    """Every clip's transcript, whatever its task is when tuning.
+
+    Each position is scored against the tokens of all transcripts. Those of a stream are not known beforehand: it begins
+    with those of the first rows, and each batch adds its own. A checkpoint keeps which there are, and in which order.
+    """
 
     parts = ("projector", "audio_encoder")
+    takes_text = False
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         super().__init__(model, processor, data, stage, seed)
-        vocabulary = np.unique(np.concatenate([example.transcript for example in self.examples]))
-        table = model.get_input_embeddings().weight
-        self.alignment = CtcAlignment(table, torch.from_numpy(vocabulary), stage.align.match_weight)
+        stream = data.stream
+        known = self.examples if stream is None else [e for i in self.stream_sources for e in stream.tried[i]]
+        vocabulary = tokens_in([example.transcript for example in known])
+        if not len(vocabulary):
+            raise DataError(f"stage {stage.name}: the first rows of its streams have no transcript to align to")
+        self._table = model.get_input_embeddings().weight
+        self.alignment = CtcAlignment(self._table, vocabulary, stage.align.match_weight)
         self.extra = self.alignment
 
     def _select(self, examples: list[Example]) -> tuple[list[Example], np.ndarray, np.ndarray]:
@@ -38,11 +51,12 @@ class AlignTask(SpeechTask):
             for version in example.versions:
                 fits = 0 < needed <= self.maker.fewest_tokens(version) and [*map(len, version.frames)] == [1]
                 usable.append(self.maker.planned_tokens(version) if fits else 0)
-            self.left_out += [example.id] * usable.count(0)
+            if self.data.stream is None:  # which tells of whole rows
+                self.left_out += [example.id] * usable.count(0)
             if any(usable):
                 selected.append(example)
                 lengths.append(usable)
-        if not selected:
+        if not selected and self.data.stream is None:
             raise DataError(
                 f"stage {self.stage.name}: no transcript fits into its clip's positions: lower model.stack_factor"
             )
@@ -50,6 +64,8 @@ class AlignTask(SpeechTask):
 
     def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum over clips of CTC and matching loss; the count is target tokens."""
+        if self.data.stream is not None:
+            self.alignment.extend(self._table, tokens_in(batch.transcripts))
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=True)
         targets = [self.alignment.targets(torch.from_numpy(transcript)) for transcript in batch.transcripts]
         target_lengths = torch.tensor([len(target) for target in targets])
@@ -62,3 +78,19 @@ class AlignTask(SpeechTask):
         embeddings, token_lengths = self.audio_embeddings(self.first_versions(examples), augmented=False)
         decoded: list[list[int]] = self.alignment.decode(embeddings.float(), token_lengths)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in decoded]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Of a stream, also the tokens that came so far."""
+        state = super().trainable_state()
+        return state if self.data.stream is None else state | {TOKEN_IDS: self.alignment.token_ids}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undo `trainable_state`. CheckpointError when names or shapes differ."""
+        if self.data.stream is not None and TOKEN_IDS in state:
+            self.alignment.extend(self._table, state[TOKEN_IDS])
+        super().load_trainable_state(state)
+
+
+def tokens_in(transcripts: Sequence[np.ndarray]) -> Tensor:
+    """The tokens that occur in some transcripts, each once, in the order of their ids, [token]."""
+    return torch.from_numpy(np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *transcripts])))
