@@ -151,7 +151,8 @@ class SpeechStream:
             return "too short", clip.id
         if any(length > data.max_audio_seconds for length in seconds):
             return "too long", clip.id
-        name = f"{stream.key} {stream.stream.fingerprint}"
+        # Two sources may be one dataset; where it lies changes no order.
+        name = f"{stream.index} {stream.config.task} {stream.stream.fingerprint}"
         try:
             example = make_example(stream.index, clip, stream.template, self._processor, self._config, name)
         except UnusableRow as error:
