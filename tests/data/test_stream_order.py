@@ -45,7 +45,8 @@ def order(folder):
             items = [Item(clip.id, uid("set", clip.id)) for clip in clips]
             audio = np.array([[length(clip), length(clip) + 2] for clip in clips], dtype=np.int32).reshape(-1, 2)
             text = np.array([[3, 4, 6]] * len(clips), dtype=np.int32).reshape(-1, 3)
-            return Examples(items, audio, text, left_out)
+            places = [place for place, clip in enumerate(found.clips) if not unusable(clip)]
+            return Examples(items, audio, text, left_out, np.array(places, dtype=np.int64))
 
         source = StreamSource(
             SourceSpec(str(folder), streaming=True), window=window, seed=seed, max_quarantine_share=share

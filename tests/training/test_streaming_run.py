@@ -105,6 +105,7 @@ def assert_same_run(run, other):
 
 def test_a_run_trains_on_each_row_once_in_an_epoch(whole, shards):
     fingerprint = StreamSource(SourceSpec(str(shards), streaming=True), window=10, seed=1).fingerprint
+    fingerprint = f"0 transcription {fingerprint}"
     everything = {uid(fingerprint, f"tone-{number:03d}") for number in range(CLIPS)}
     seen = Counter((epoch, name) for rows in samples(whole).values() for _, epoch, name in rows)
     assert set(seen.values()) == {1}
@@ -219,13 +220,28 @@ stages:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("true}", "true}\n    - {name: asterisk-en}"), "'talks' is streamed beside 'asterisk-en': a stream must be"),
+        (
+            ("true}", "true}\n    - {name: asterisk-en}"),
+            "'talks' is streamed and 'asterisk-en' is not: set streaming: true on all sources (a folder of",
+        ),
+        (
+            ("sources:", "temperature: 2\n  sources:"),
+            "temperature weighs sources by their sizes, and a stream has none: give sources weights",
+        ),
+        (
+            ("true}", "true, weight: 1}\n    - {name: books, streaming: true, repeat: 2, weight: 1}"),
+            "source 'books' has repeat beside weights",
+        ),
+        (
+            ("true}", "true}\n    - {name: books, streaming: true, repeat: 2}"),
+            "'books' is streamed, each clip once in an epoch: leave out repeat; give sources weights",
+        ),
+        (
+            ("true}", "true}\n    - {name: books, streaming: true, weight: 2}"),
+            "'books' has a weight and 'talks' has none",
+        ),
         (("true}", "true, repeat: 2}"), "'talks' is streamed, each clip once in an epoch: leave out repeat"),
         (("true}", "true, max_hours: 2}"), "leave out max_hours"),
-        (
-            ("objective: tune", "objective: align"),
-            "the objective 'align' needs all transcripts before it begins, and a stream is never read as a whole",
-        ),
         (("steps: 1}", "steps: 1, max_batch_memory_gb: 2}"), "max_batch_memory_gb needs all lengths before it begins"),
     ],
 )

@@ -46,7 +46,7 @@ class SourceConfig(Section):
     streaming: bool = Field(
         False,
         description="read a Hugging Face dataset, or a folder that `ultravox data prepare` wrote, shard by shard and "
-        "never all of it; then it is the run's only source, for stages with the objective `tune`",
+        "never all of it; all sources of a run do, or none",
     )
     columns: dict[Name, Name] = Field(
         default_factory=dict,
@@ -70,7 +70,10 @@ class SourceConfig(Section):
         None, gt=0, le=1000, description="how often each clip comes in one epoch; 0.5 = every other time; null = once"
     )
     weight: float | None = Field(
-        None, gt=0, description="share of this source among the examples of an epoch; all sources have one, or none"
+        None,
+        gt=0,
+        description="share of this source among the examples of an epoch, of a stream among all; all sources have one, "
+        "or none",
     )
     max_clips: int | None = Field(None, ge=1, description="use the first so many clips only; null = all")
     max_hours: float | None = Field(None, gt=0, description="use so many hours from the beginning; null = all")
@@ -122,7 +125,7 @@ class DataConfig(Section):
         None, gt=0, description="the least recently used features go when the cache grows beyond this; null = no limit"
     )
     stream_window: int = Field(
-        2048, ge=1, description="clips of a streaming source that are in memory, mixed and planned together"
+        2048, ge=1, description="clips of the streaming sources that are in memory, mixed and planned together"
     )
     loader: LoaderConfig = Field(default_factory=LoaderConfig, description="how batches get to the step")
 
@@ -145,21 +148,31 @@ class DataConfig(Section):
                 raise ValueError(f"source {source.name!r} has repeat beside weights or a temperature; choose one way")
         if weighted and self.temperature is not None:
             raise ValueError("sources have weights and data has a temperature; choose one way")
-        streams = [source for source in self.sources if source.streaming]
-        if streams and len(self.sources) > 1:
-            other = next(source for source in self.sources if source is not streams[0])
-            raise ValueError(
-                f"{streams[0].name!r} is streamed beside {other.name!r}: a stream must be the only source; set "
-                "streaming: false, or write them into one dataset with `ultravox data prepare`"
-            )
-        for name in ("repeat", "max_clips", "max_hours"):
-            if streams and getattr(streams[0], name) is not None:
-                raise ValueError(f"{streams[0].name!r} is streamed, each clip once in an epoch: leave out {name}")
+        self._check_streams()
         return self
+
+    def _check_streams(self) -> None:
+        """All sources are streams, or none; and a stream is asked for nothing that takes a total."""
+        streams = [source for source in self.sources if source.streaming]
+        if streams and len(streams) < len(self.sources):
+            other = next(source for source in self.sources if not source.streaming)
+            raise ValueError(
+                f"{streams[0].name!r} is streamed and {other.name!r} is not: set streaming: true on all sources (a "
+                "folder of `ultravox data prepare` can be streamed too), or on none"
+            )
+        if streams and self.temperature is not None:
+            raise ValueError("temperature weighs sources by their sizes, and a stream has none: give sources weights")
+        for source in streams:
+            for name in ("repeat", "max_clips", "max_hours"):
+                if getattr(source, name) is not None:
+                    instead = "; give sources weights" if name == "repeat" and len(streams) > 1 else ""
+                    raise ValueError(
+                        f"{source.name!r} is streamed, each clip once in an epoch: leave out {name}{instead}"
+                    )
 
     @property
     def streaming(self) -> bool:
-        """Whether the clips come from a stream, never to be seen as a whole."""
+        """Whether the clips come from streams, never to be seen as a whole."""
         return any(source.streaming for source in self.sources)
 
 

@@ -217,11 +217,6 @@ class RunConfig(Section):
         if not self.stages:
             raise ValueError("every stage has max_steps 0; at least one must train")
         for stage in self.stages if self.data.streaming else []:
-            if stage.objective != "tune":
-                raise ValueError(
-                    f"stage {stage.name!r}: the objective {stage.objective!r} needs all transcripts before it begins, "
-                    "and a stream is never read as a whole: leave the stage out (max_steps: 0), or set streaming: false"
-                )
             if stage.max_batch_memory_gb is not None:
                 raise ValueError(
                     f"stage {stage.name!r}: max_batch_memory_gb needs all lengths before it begins, and a stream is "

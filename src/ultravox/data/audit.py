@@ -31,6 +31,8 @@ class Expected:
     mixture: Mixture
     num_epochs: int | None = None
     """So many epochs must be complete, and no other begun; None = all but the last of those that were begun."""
+    complete: list[int] | None = None
+    """Epochs that must be complete, where the records do not tell; others may be begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def audit_records(records: Records, expected: Expected) -> AuditReport:
     Raises:
         DataError: there are no records, or two rows of the mixture have one uid.
     """
-    audit = _Audit(records.without_superseded().in_order(), expected)
+    audit = Audit(records.without_superseded().in_order(), expected)
     found = audit.records
     return AuditReport(
         checks=audit.checks(),
@@ -106,7 +108,7 @@ def audit_records(records: Records, expected: Expected) -> AuditReport:
         num_workers=len(np.unique(found.worker)),
         epochs=audit.epochs,
         order_hash=order_hash(found),
-        epoch_hashes={epoch: _hash(found.uid[found.epoch == epoch]) for epoch in audit.epochs},
+        epoch_hashes={epoch: epoch_hash(found, epoch) for epoch in audit.epochs},
         mixture=audit.mixture,
     )
 
@@ -114,6 +116,11 @@ def audit_records(records: Records, expected: Expected) -> AuditReport:
 def order_hash(ordered: Records) -> str:
     """Hex SHA-256 of the examples of each step and micro-batch, by records in the global order."""
     return _hash(ordered.uid, ordered.step, ordered.micro_batch)
+
+
+def epoch_hash(ordered: Records, epoch: int) -> str:
+    """Hex SHA-256 of the examples of one epoch, by records in the global order."""
+    return _hash(ordered.uid[ordered.epoch == epoch])
 
 
 def _hash(*columns: np.ndarray) -> str:
@@ -137,7 +144,7 @@ def compare_orders(reports: Mapping[str, AuditReport]) -> Check:
     )
 
 
-class _Audit:
+class Audit:
     """The checks, on records in the global order that no later attempt superseded."""
 
     def __init__(self, records: Records, expected: Expected) -> None:
@@ -154,7 +161,9 @@ class _Audit:
         self._known = in_order[places] == records.uid
         self._rows = np.where(self._known, self._sorting[places], -1)
         self.epochs: list[int] = np.unique(records.epoch).tolist()
-        if expected.num_epochs is None:
+        if expected.complete is not None:
+            self._complete = expected.complete
+        elif expected.num_epochs is None:
             self._complete = self.epochs[:-1]
         else:
             self._complete = list(range(expected.num_epochs))
@@ -184,7 +193,7 @@ class _Audit:
         total = len(self.expected.uids)
         epochs = f"{len(self._complete)} complete epoch(s)"
         return [
-            self._known_check(),
+            self.known_check(),
             self._epochs_check(),
             Check(
                 "coverage",
@@ -200,7 +209,7 @@ class _Audit:
             self._records_check(
                 "overlap between ranks", "each micro-batch and each example on one", self._shared(over, concerned)
             ),
-            self._steps_check(),
+            self.steps_check(),
             self._mixture_check(),
             self._order_check(),
         ]
@@ -210,7 +219,8 @@ class _Audit:
         examples = [f"{_name(self.records.uid[i])} in step {self.records.step[i]}" for i in wrong[:MOST_EXAMPLES]]
         return Check(name, not len(wrong), expected, f"{len(wrong)} records" if len(wrong) else "none", examples)
 
-    def _known_check(self) -> Check:
+    def known_check(self) -> Check:
+        """Whether each record is of a row that there is, and of its source."""
         mixture = self.expected.mixture
         said = np.array([[name == known for name in self.records.source_names] for known in mixture.names])
         of_row = np.repeat(np.arange(len(mixture.sizes)), mixture.sizes)[self._rows]  # anything, where unknown
@@ -252,7 +262,7 @@ class _Audit:
     def _sizes(self) -> np.ndarray:
         return np.diff(self._begins, append=len(self.records))
 
-    def _steps_check(self) -> Check:
+    def steps_check(self) -> Check:
         """Whether each step but the last, in which a run may have ended, has all of its micro-batches, each once."""
         records = self.records
         steps, micro_batches = records.step[self._begins], records.micro_batch[self._begins]

@@ -15,8 +15,11 @@ WHERE = re.compile(r"(shard \d+, )?(line|row) \d+$")
 #: Another row of the split has the id.
 ID_TWICE = "id twice"
 
+#: A streamed row that the stage's objective cannot use, such as one without a transcript.
+UNFIT_FOR_OBJECTIVE = "not fit for the stage's objective"
+
 #: Reasons for leaving a row out that the configuration asks for. They are counted, and are no fault of the row.
-ASKED_FOR = ("too short", "too long", "too slow", "too fast", "other language")
+ASKED_FOR = ("too short", "too long", "too slow", "too fast", "other language", UNFIT_FOR_OBJECTIVE)
 
 
 class Quarantine:

@@ -3,6 +3,8 @@
     {"format": 1, "attempt": 0, "rank": 1, "world_size": 2, "first_step": 0}
     {"attempt": 0, "step": 0, "micro_batch": 1, "worker": 0, "epoch": 0, "uids": ["9f…", …], "sources": ["en", …]}
 
+Of streams, a line also has the `window` that its batch is of, and `epochs`: of each example, the epoch of its stream.
+
 Each start of a run is an attempt, which begins with a line of the first form. An attempt that goes on from a checkpoint
 repeats the steps after it, so its steps take the place of those that earlier attempts made from `first_step` on.
 """
@@ -58,13 +60,23 @@ class SampleLog:
         )
 
     def write(
-        self, *, step: int, micro_batch: int, worker: int, epoch: int, uids: Sequence[str], sources: Sequence[str]
+        self,
+        *,
+        step: int,
+        micro_batch: int,
+        worker: int,
+        epoch: int,
+        uids: Sequence[str],
+        sources: Sequence[str],
+        epochs: Sequence[int] | None = None,
+        window: int | None = None,
     ) -> None:
         """One micro-batch: its number within the step over all ranks, and its examples in their order."""
-        if len(uids) != len(sources):
-            raise ValueError(f"{len(uids)} uids, {len(sources)} sources")
+        if len(uids) != len(sources) or (epochs is not None and len(epochs) != len(uids)):
+            raise ValueError(f"{len(uids)} uids, {len(sources)} sources, epochs {epochs}")
         line = {"attempt": self._attempt, "step": step, "micro_batch": micro_batch, "worker": worker, "epoch": epoch}
-        self._append(line | {"uids": list(uids), "sources": list(sources)})
+        streamed = {} if epochs is None else {"window": window, "epochs": list(epochs)}
+        self._append(line | streamed | {"uids": list(uids), "sources": list(sources)})
 
     def _append(self, line: dict[str, Any]) -> None:
         data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
@@ -115,6 +127,8 @@ class Records:
     """uint64."""
     source: np.ndarray
     """Index into `source_names`."""
+    window: np.ndarray
+    """Of a stream; -1 where the order is no stream's."""
     source_names: list[str]
     first_steps: dict[int, int]
     """Of each attempt."""
@@ -208,11 +222,11 @@ def _read_file(path: Path, first_steps: dict[int, int], names: dict[str, int]) -
     if version != FORMAT:
         raise DataError(f"{path} begins with format {version}, expected {FORMAT}: it is of another version, or no log")
     numbers = dict.fromkeys(
-        "format attempt rank world_size first_step step micro_batch worker epoch".split(), pa.int64()
+        "format attempt rank world_size first_step step micro_batch worker epoch window".split(), pa.int64()
     )
-    texts = dict.fromkeys(("uids", "sources"), pa.list_(pa.string()))
+    lists = dict.fromkeys(("uids", "sources"), pa.list_(pa.string())) | {"epochs": pa.list_(pa.int64())}
     parse = pyarrow.json.ParseOptions(
-        explicit_schema=pa.schema(list({**numbers, **texts}.items())), unexpected_field_behavior="error"
+        explicit_schema=pa.schema(list({**numbers, **lists}.items())), unexpected_field_behavior="error"
     )
     with pa.memory_map(str(path)) as source:
         size = _whole_lines(source)
@@ -259,6 +273,11 @@ def _columns(path: Path, batch: Any, first_steps: dict[int, int], names: dict[st
         if lines[name].null_count:
             raise DataError(f"{path} is damaged: a line has no {name}")
         columns[name] = np.repeat(lines[name].to_numpy().astype(np.int32), counts)
+    columns["window"] = np.repeat(pc.fill_null(lines["window"], -1).to_numpy().astype(np.int32), counts)
+    own = pc.is_valid(lines["epochs"])
+    if not np.array_equal(pc.list_value_length(lines["epochs"].filter(own)).to_numpy(), counts[np.asarray(own)]):
+        raise DataError(f"{path} is damaged: a line has not as many epochs as uids")
+    columns["epoch"][np.repeat(np.asarray(own), counts)] = lines["epochs"].flatten().to_numpy()
     if unknown := sorted(set(np.unique(columns["attempt"]).tolist()) - set(first_steps)):
         raise DataError(f"{path} is damaged: attempt {unknown[0]} has no first line")
     found = lines["sources"].flatten().dictionary_encode()

@@ -6,9 +6,9 @@ shards once and for all, and a shuffle after it would be of a part. Nothing is s
 what lies in one on resuming. Within a window, whoever plans the batches mixes the rows.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,12 +29,34 @@ class Window:
 
     clips: list[Clip]
     epoch: int
+    """Of several streams, of the one that has come least often."""
     share: tuple[float, float]
-    """Of this process's shards in the epoch, those behind the window's beginning and behind its end, 0 to 1."""
+    """Of this process's shards in that epoch, those behind the window's beginning and behind its end; of one stream 0
+    to 1."""
     left_out: list[tuple[str, str]]
     """Reason and id of the rows that gave no clip, since the window before."""
     num_rows: int
     """That were looked at, since the window before."""
+    epochs: list[int]
+    """Of each clip, the epoch of its stream."""
+    streams: list[int]
+    """Of each clip, the index of its stream among `Stream.shares`."""
+
+
+class Stream(Protocol):
+    """Windows without an end, of one stream or of several."""
+
+    name: str
+    window: int
+    shares: dict[str, float]
+    """Stream → its share among the examples."""
+
+    def __iter__(self) -> Iterator[Window]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def rewind(self) -> None: ...
+    def set_aside(self, left_out: Iterable[tuple[str, str]]) -> None: ...
+    def settle(self, kept: Sequence[int]) -> None: ...
 
 
 class StreamSource:
@@ -52,6 +74,7 @@ class StreamSource:
         rank: int = 0,
         world_size: int = 1,
         max_quarantine_share: float = 0.01,
+        key: str = "",
     ) -> None:
         """Args:
         spec: a Hugging Face dataset or a prepared folder, with `streaming`.
@@ -59,6 +82,7 @@ class StreamSource:
         seed: of the order of the shards.
         rank, world_size: which part of the shards is this process's.
         max_quarantine_share: more faulty rows than this stop the stream.
+        key: what it is called among others; empty = the name of its source.
 
         Raises:
             DataError: no such dataset, shards that cannot be dealt out evenly, or caps, which a stream has no use for.
@@ -74,7 +98,8 @@ class StreamSource:
         self.source = source
         if isinstance(source, HuggingFaceSource):
             require_whole(source.stream, spec.name)
-        self.spec, self.window, self.seed = spec, window, seed
+        self.spec, self.window, self.seed, self.name = spec, window, seed, spec.name
+        self.shares = {key or spec.name: 1.0}
         self.rank, self.world_size = rank, world_size
         self.num_shards = self.source.num_shards
         if self.num_shards % world_size:
@@ -126,7 +151,8 @@ class StreamSource:
         num_shards = self.num_shards // self.world_size
         left_out, self._left_out = self._left_out, []
         num_rows, self._rows_before = self.num_rows - self._rows_before, self.num_rows
-        return Window(clips, epoch, (begin / num_shards, end / num_shards), left_out, num_rows)
+        share = (begin / num_shards, end / num_shards)
+        return Window(clips, epoch, share, left_out, num_rows, [epoch] * len(clips), [0] * len(clips))
 
     def _epoch_windows(self, epoch: int, turn: int, row: int) -> Iterator[tuple[list[Clip], tuple[int, int, int]]]:
         """The windows of the rest of an epoch, each with the place behind it."""
@@ -165,13 +191,29 @@ class StreamSource:
             self.quarantine.add(reason, name)
         self._judge()
 
+    def settle(self, kept: Sequence[int]) -> None:
+        """How many clips of the last window became examples. One stream has no share to keep to."""
+
+    @property
+    def epochs(self) -> float:
+        """How often it has come, by the shards behind the next window's beginning."""
+        epoch, turn, _ = self._place
+        return epoch + turn / (self.num_shards // self.world_size)
+
     def _judge(self) -> None:
         coming = max(0, ROWS_TO_JUDGE - self.num_rows)
         self.quarantine.require(self.max_quarantine_share, self.num_rows, coming=coming)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the window begins that was yielded last; the very beginning before any was. JSON can hold it."""
-        epoch, turn, row = self._current
+        return self._state(self._current)
+
+    def following(self) -> dict[str, Any]:
+        """Like `state_dict`, where the next window begins."""
+        return self._state(self._place)
+
+    def _state(self, place: tuple[int, int, int]) -> dict[str, Any]:
+        epoch, turn, row = place
         return {"version": STATE_VERSION, **self._identity(), "epoch": epoch, "shard": turn, "row": row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -46,6 +46,21 @@ class CtcAlignment(nn.Module):
         start = initial_scale / (rows.shape[1] ** 0.5 * float(rows.var()))
         self.log_scale = nn.Parameter(torch.tensor(start).log())
 
+    def extend(self, embedding: Tensor, token_ids: Tensor) -> None:
+        """Add the rows of tokens that are not among these yet, behind the others, in the order in which they are given.
+
+        A stream's transcripts are not known beforehand. The scale of the scores and of the matching term stays.
+
+        Args:
+            embedding: the table that the constructor was given.
+            token_ids: each once, [token].
+        """
+        new = token_ids[self.row_of_token[token_ids] < 0]
+        if len(new):
+            self.row_of_token[new] = torch.arange(len(new)) + 1 + len(self.token_ids)
+            self.token_ids = torch.cat([self.token_ids, new])
+            self.rows = torch.cat([self.rows, embedding.detach()[new].float()])
+
     def targets(self, token_ids: Tensor) -> Tensor:
         """Rows (1 …) for transcript tokens.
 

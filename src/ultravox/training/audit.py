@@ -16,6 +16,8 @@ from ultravox.data.audit import AuditReport, Check, Expected, audit_records, com
 from ultravox.data.loader import Loader, killed_workers_explained
 from ultravox.data.order import DataOrder, PlannedBatch, Position
 from ultravox.data.sample_log import SampleLog, parse_uids, read_sample_logs
+from ultravox.data.stream_audit import ExpectedStreams, audit_streams
+from ultravox.data.stream_order import StreamOrder
 from ultravox.errors import DataError
 from ultravox.model.factory import build_model, build_processor
 from ultravox.training.examples import ExampleTable
@@ -23,6 +25,7 @@ from ultravox.training.rows import source_key
 from ultravox.training.run import TASKS
 from ultravox.training.speech import prepare_speech
 from ultravox.training.speech_task import SpeechTask
+from ultravox.training.stream import prepare_stream
 from ultravox.training.trackers.samples import samples_folder
 
 
@@ -47,10 +50,9 @@ class NameMaker:
 
 def stage_tasks(config: RunConfig) -> Iterator[tuple[str, SpeechTask]]:
     """Each stage's name and task, made as a run makes them; features that are missing in the cache are computed."""
-    if config.data.streaming:
-        raise DataError("a stream cannot be audited: nobody knows its examples beforehand; load the source as a whole")
     model, processor = build_model(config.model), build_processor(config.model)
-    data = prepare_speech(config, model, processor)
+    prepare = prepare_stream if config.data.streaming else prepare_speech
+    data = prepare(config, model, processor)
     for stage in config.stages:
         yield stage.name, TASKS[stage.objective](model, processor, data, stage, config.seed)
 
@@ -59,6 +61,14 @@ def expected_of(task: SpeechTask, num_epochs: int | None = None) -> Expected:
     """What the records of a task are held against."""
     assert isinstance(task.order, DataOrder), "a stream has no mixture"
     return Expected(parse_uids([example.uid for example in task.examples]), task.order.mixture, num_epochs)
+
+
+def expected_of_streams(task: SpeechTask) -> ExpectedStreams:
+    """The same of a task on streams. Each of them is read once, as a whole."""
+    assert isinstance(task.order, StreamOrder)
+    source = task.order.source
+    uids = task.epoch_uids()
+    return ExpectedStreams({name: parse_uids(mine) for name, mine in uids.items()}, source.shares, source.window)
 
 
 def audit_run(run_dir: Path, config: RunConfig) -> dict[str, AuditReport]:
@@ -71,7 +81,11 @@ def audit_run(run_dir: Path, config: RunConfig) -> dict[str, AuditReport]:
     for name, task in stage_tasks(config):
         folder = samples_folder(run_dir, name)
         if folder.is_dir():
-            reports[name] = audit_records(read_sample_logs(folder), expected_of(task))
+            found = read_sample_logs(folder)
+            if task.data.stream is None:
+                reports[name] = audit_records(found, expected_of(task))
+            else:
+                reports[name] = audit_streams(found, expected_of_streams(task))
     if not reports:
         raise DataError(f"{run_dir} has no log of its samples: train with --logging.samples true to audit a run")
     return reports
@@ -106,6 +120,11 @@ def dry_run(
         world_sizes, workers: each of the one with each of the other.
         load: whether batches are made as training needs them, decoding and all; else of names alone.
     """
+    if task.data.stream is not None:
+        raise DataError(
+            "the plan of a stream cannot be audited: nobody knows its examples beforehand; train with "
+            "--logging.samples true and audit the run folder"
+        )
     per_step = math.lcm(task.stage.accumulation_steps, *world_sizes)
     make = task.make_batch if load else NameMaker(task.examples)
     reports = {}

@@ -1,7 +1,7 @@
 """From places in the plan to what a step computes on. It runs in the loader's thread or processes, without weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class SpeechBatch:
     augment_seed: tuple[int | str, ...] = ()
     num_rows: int = 0
     """Of a stream: rows that were looked at for this batch and those after it; 0 unless a window begins here."""
+    copies: list[int] = field(default_factory=list)
+    """How often each row came before; of a stream, the epoch of that row's stream."""
 
     @property
     def audio_seconds(self) -> float:
@@ -173,6 +175,7 @@ class BatchMaker:
                 continue
             made.ids.append(example.id)
             made.uids.append(example.uid)
+            made.copies.append(copy)
             made.sources.append(example.source)
             made.input_ids.append(example.prompts[prompt][0])
             made.supervised.append(example.prompts[prompt][1])

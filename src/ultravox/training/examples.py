@@ -210,6 +210,11 @@ def ctc_tokens(transcript: np.ndarray | Sequence[int]) -> int:
     return len(transcript) + int((np.diff(transcript) == 0).sum())
 
 
+def unique_tokens(transcripts: Sequence[np.ndarray]) -> np.ndarray:
+    """The tokens that occur in some transcripts, each once, in the order of their ids, int64 [token]."""
+    return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *transcripts]))
+
+
 class ExampleTable(Sequence[Example]):
     """Some examples: their lengths, their sources, and each of them when it is asked for."""
 

@@ -304,7 +304,8 @@ def _callbacks(context: _Stage, state: LoopState, last: dict[str, float], stack:
     if context.config.logging.samples:
         folder = samples_folder(context.run_dir, stage.name)
         log = SampleLog(folder, rank=0, world_size=1, attempt=next_attempt(folder), first_step=state.step)
-        add(StepSamples(log, [source_key(source) for source in context.data.sources]))
+        names = [source_key(source) for source in context.data.sources]
+        add(StepSamples(log, names, streamed=context.config.data.streaming))
     add(TerminalProgress(stage.name, stage.max_steps, stage.log_every, elapsed_seconds=state.seconds))
     return [*callbacks, _Last(last)]
 
@@ -323,7 +324,7 @@ def _stage_summary(
         "data_wait_seconds": state.data_wait_seconds,
         "data_wait_share": state.data_wait_seconds / max(state.seconds, 1e-9),
         "epochs": task.order.epochs(_position(state)),
-        "mixture": task.mixture(state.epoch),
+        "mixture": task.mixture(_position(state)),
         "num_examples": None if task.data.stream else len(task.examples),  # nobody has counted them
         "left_out": task.left_out,
         "audio_seconds": state.audio_seconds,

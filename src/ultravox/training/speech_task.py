@@ -38,6 +38,8 @@ class SpeechTask(abc.ABC):
     """Parts of the model that this objective trains, where they train at all."""
     plan_mode: Mode = "padded"
     """How the plan fills `max_batch_tokens`."""
+    takes_text = True
+    """Whether rows of text alone are of any use."""
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.model, self.tokenizer, self.data, self.stage, self.seed = model, processor.tokenizer, data, stage, seed
@@ -64,7 +66,7 @@ class SpeechTask(abc.ABC):
 
     def _planned(self, limits: Limits) -> DataOrder | StreamOrder:
         if self.data.stream is not None:
-            return self.data.stream.order(self._select, limits, seed=self.seed)
+            return self.data.stream.order(self._select, limits, seed=self.seed, sources=self.stream_sources)
         return DataOrder(
             self.audio_tokens,
             self.text_tokens,
@@ -73,6 +75,17 @@ class SpeechTask(abc.ABC):
             seed=self.seed,
             fingerprint=fingerprint([repr(self.data.fingerprints), self.examples.numbers.tobytes().hex()]),
         )
+
+    @property
+    def stream_sources(self) -> list[int]:
+        """Which of data.sources the stage reads, where they are streams."""
+        named = self.stage.sources
+        chosen = enumerate(self.data.sources)
+        return [i for i, s in chosen if (named is None or s.name in named) and (self.takes_text or s.task != "text")]
+
+    def epoch_uids(self) -> dict[str, list[str]]:
+        """Of streams: see `SpeechStream.epoch_uids`. For an audit; the order begins anew."""
+        return {} if self.data.stream is None else self.data.stream.epoch_uids(self._select, self.stream_sources)
 
     def _mixture(self) -> Mixture:
         """How often the chosen examples of each source come."""
@@ -155,12 +168,15 @@ class SpeechTask(abc.ABC):
         if isinstance(self.order, StreamOrder) and stream_state is not None:
             self.order.go_to(position, stream_state)
 
-    def mixture(self, epochs: int) -> dict[str, dict[str, float]]:
-        """Of each source, the share of the examples that was asked for, and what it is over so many whole epochs."""
+    def mixture(self, position: Position) -> dict[str, dict[str, float]]:
+        """Of each source, the share of the examples that was asked for, and what it is over all whole epochs.
+
+        Streams have epochs of their own: theirs is the share up to the position.
+        """
         if isinstance(self.order, StreamOrder):
-            return {source_key(source): {"requested": 1.0, "realised": 1.0} for source in self.data.sources}
+            return self.order.mixture(position)
         mixture = self.order.mixture
-        counts = dict(zip(mixture.names, mixture.drawn_before(max(1, epochs)), strict=True))
+        counts = dict(zip(mixture.names, mixture.drawn_before(max(1, position.epoch)), strict=True))
         total = sum(counts.values())
         return {
             name: {"requested": mixture.requested[name], "realised": count / total} for name, count in counts.items()

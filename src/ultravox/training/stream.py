@@ -1,24 +1,27 @@
-"""A stream as training data: its windows become examples when they come, and nothing is cached.
+"""Streams as training data: their windows become examples when they come, and nothing is cached.
 
 The loader's thread reads and tokenises, ahead of the step; its workers decode.
 """
 
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
 
+from ultravox.config.data import SourceConfig
 from ultravox.config.schema import RunConfig
 from ultravox.data.cache import CacheReport
 from ultravox.data.clip import Clip
 from ultravox.data.fingerprint import fingerprint
 from ultravox.data.plan import Limits
-from ultravox.data.quarantine import Quarantine
+from ultravox.data.quarantine import UNFIT_FOR_OBJECTIVE, Quarantine
+from ultravox.data.stream_mixture import StreamMixture
 from ultravox.data.stream_order import Examples, StreamOrder
 from ultravox.data.streaming import StreamSource, Window
 from ultravox.data.templates import PromptTemplate, UnusableRow
-from ultravox.training.examples import Example, ExampleMaker, ExampleTable, make_version, tokens_of
+from ultravox.training.examples import Example, ExampleMaker, ExampleTable, make_version, tokens_of, unique_tokens
 from ultravox.training.features import Features
 from ultravox.training.rows import source_key, source_spec
 from ultravox.training.speech import SpeechData, audio_limits, trainable_of
@@ -29,8 +32,22 @@ Select = Callable[[ExampleTable], tuple[ExampleTable, np.ndarray, np.ndarray]]
 """Examples → those that can be trained on, their audio tokens [example, version] and text tokens [example, prompt]."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """One source of a run that streams."""
+
+    index: int
+    """In data.sources."""
+    key: str
+    config: SourceConfig
+    maker: ExampleMaker
+    speeds: list[float]
+    stream: StreamSource
+    """In windows of a run's size where it is the only one, else of one clip each."""
+
+
 class SpeechStream:
-    """The one source of a run that streams, and what its clips become."""
+    """The sources of a run that streams, and what their clips become."""
 
     def __init__(
         self, config: RunConfig, processor: Any, features: Features, *, rank: int = 0, world_size: int = 1
@@ -45,69 +62,105 @@ class SpeechStream:
         Raises:
             DataError: no such dataset, shards that cannot be dealt out, or a template that names a missing column.
         """
-        (source,) = config.data.sources
-        self._features, self._stack_factor = features, config.model.stack_factor
-        self._speeds = source.speeds or config.data.speeds
+        self._config, self._processor, self._features = config, processor, features
         self.limits = audio_limits(config, features)
-        self.source = StreamSource(
-            source_spec(source),
-            window=config.data.stream_window,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            max_quarantine_share=config.data.max_quarantine_share,
-        )
-        self._template = PromptTemplate(source.task, source.prompts, source.response)
-        self._maker = ExampleMaker(0, self._template, processor, config, self.source.fingerprint)
-        rows = islice(self.source.source.shard_rows(0), ROWS_TO_TRY)
-        clips = [found for _, found in rows if isinstance(found, Clip)]
-        self._template.require_columns(clips, f"source {source.name}")
-        tried, _ = self._examples(clips)
-        self.fingerprint = fingerprint([self.source.fingerprint, *(part for one in tried for part in tokens_of(one))])
-        """Of the dataset, and of the first rows' tokens: other templates or another tokenizer change them."""
+        num = len(config.data.sources)
+        self._opened: list[_Opened] = []
+        self.tried: list[list[Example]] = []
+        """Examples of the first rows, of each source."""
+        self.fingerprints: dict[str, str] = {}
+        """Of each dataset, and of its first rows' tokens: other templates or another tokenizer change them."""
+        for index, source in enumerate(config.data.sources):
+            stream = StreamSource(
+                source_spec(source),
+                window=config.data.stream_window if num == 1 else 1,
+                seed=config.seed,
+                rank=rank,
+                world_size=world_size,
+                max_quarantine_share=config.data.max_quarantine_share,
+                key=source_key(source),
+            )
+            self._try(index, source, stream)
 
-    def order(self, select: Select, limits: Limits, *, seed: int) -> StreamOrder:
-        """The batches of a stage, from the stream's beginning."""
+    def _try(self, index: int, source: SourceConfig, stream: StreamSource) -> None:
+        """Make the examples of a source's first rows."""
+        template = PromptTemplate(source.task, source.prompts, source.response)
+        speeds = source.speeds or self._config.data.speeds
+        key = source_key(source)
+        maker = ExampleMaker(index, template, self._processor, self._config, f"{key} {stream.fingerprint}")
+        one = _Opened(index, key, source, maker, speeds, stream)
+        rows = islice(stream.source.shard_rows(0), ROWS_TO_TRY)
+        clips = [found for _, found in rows if isinstance(found, Clip)]
+        template.require_columns(clips, f"source {source.name}")
+        made = [self._example(clip, one) for clip in clips]
+        tried = [found for found in made if isinstance(found, Example)]
+        self._opened.append(one)
+        self.tried.append(tried)
+        self.fingerprints[one.key] = fingerprint([stream.fingerprint, *(part for e in tried for part in tokens_of(e))])
+
+    def order(self, select: Select, limits: Limits, *, seed: int, sources: Sequence[int]) -> StreamOrder:
+        """The batches of a stage, from the beginning of the streams that it reads: indices in data.sources."""
+        chosen = [self._opened[index] for index in sources]
+        data = self._config.data
+        source: StreamSource | StreamMixture = chosen[0].stream
+        if len(self._opened) > 1:
+            streams = {one.key: one.stream for one in chosen}
+            weights = {one.key: one.config.weight or 1.0 for one in chosen}
+            share = data.max_quarantine_share
+            source = StreamMixture(streams, weights, window=data.stream_window, max_quarantine_share=share)
 
         def read(window: Window) -> Examples:
-            examples, left_out = self._examples(window.clips)
-            return Examples(*select(ExampleTable.of(examples, self._stack_factor)), left_out)
+            return self._examples(window, chosen, select)
 
-        return StreamOrder(self.source, read, limits, seed=seed, fingerprint=self.fingerprint)
+        of_data = fingerprint([self.fingerprints[one.key] for one in chosen])
+        return StreamOrder(source, read, limits, seed=seed, fingerprint=of_data)
+
+    def epoch_uids(self, select: Select, sources: Sequence[int]) -> dict[str, list[str]]:
+        """Of each of some sources, the uids of what one epoch trains on. Reads all of its rows: for an audit."""
+        found: dict[str, list[str]] = {}
+        for one in (self._opened[index] for index in sources):
+            one.stream.rewind()
+            epoch = takewhile(lambda window: window.epoch == 0, one.stream)
+            found[one.key] = [e.uid for window in epoch for e in self._examples(window, [one], select).examples]
+        return found
 
     def describe(self) -> str:
         """What there is to train on, in one line."""
-        return (
-            f"{self.source.spec.name}, streamed from {self.source.num_shards} shards in windows of "
-            f'{self.source.window} clips (none are kept out for "WER so far")'
-        )
+        streams = ", ".join(f"{one.config.name}, streamed from {one.stream.num_shards} shards" for one in self._opened)
+        window = self._config.data.stream_window
+        return f'{streams} in windows of {window} clips (none are kept out for "WER so far")'
 
-    def _examples(self, clips: list[Clip]) -> tuple[list[Example], list[tuple[str, str]]]:
-        """The examples of some clips, and reason and id of those that give none."""
-        examples: list[Example] = []
-        left_out: list[tuple[str, str]] = []
-        least, most = self.limits
-        for clip in clips:
-            seconds = [length for _, length in self._template.recordings(clip)]
-            if any(length < least for length in seconds):
-                left_out.append(("too short", clip.id))
-                continue
-            if any(length > most for length in seconds):
-                left_out.append(("too long", clip.id))
-                continue
-            try:
-                example = self._maker.example(clip)
-                example.prompts = list(example.prompts)
-            except UnusableRow as error:
-                left_out.append((error.reason, clip.id))
-                continue
-            example.versions = [make_version(self._features, speed, seconds, ()) for speed in self._speeds]
-            examples.append(example)
-        return examples, left_out
+    def _examples(self, window: Window, streams: Sequence[_Opened], select: Select) -> Examples:
+        """The examples of a window's clips, which are of these streams, that a stage can train on."""
+        made = [self._example(clip, streams[i]) for clip, i in zip(window.clips, window.streams, strict=True)]
+        places = {id(found): place for place, found in enumerate(made) if isinstance(found, Example)}
+        left_out = [found for found in made if not isinstance(found, Example)]
+        table = ExampleTable.of(
+            [found for found in made if isinstance(found, Example)], self._config.model.stack_factor
+        )
+        kept, audio_tokens, text_tokens = select(table)
+        chosen = [places.pop(id(example)) for example in kept]
+        left_out += [(UNFIT_FOR_OBJECTIVE, window.clips[place].id) for place in places.values()]
+        return Examples(list(kept), audio_tokens, text_tokens, left_out, np.array(chosen, dtype=np.int64))
+
+    def _example(self, clip: Clip, stream: _Opened) -> Example | tuple[str, str]:
+        """The example of a clip; or a reason and its id."""
+        seconds = [length for _, length in stream.maker.template.recordings(clip)]
+        if any(length < self.limits[0] for length in seconds):
+            return "too short", clip.id
+        if any(length > self.limits[1] for length in seconds):
+            return "too long", clip.id
+        try:
+            example = stream.maker.example(clip)
+            example.prompts = list(example.prompts)
+        except UnusableRow as error:
+            return error.reason, clip.id
+        example.versions = [make_version(self._features, speed, seconds, ()) for speed in stream.speeds]
+        return example
 
 
 def prepare_stream(config: RunConfig, model: Any, processor: Any, *, rank: int = 0, world_size: int = 1) -> SpeechData:
-    """Open the run's stream, and try its first rows.
+    """Open the run's streams, and try their first rows.
 
     Raises:
         DataError: see `SpeechStream`.
@@ -115,7 +168,6 @@ def prepare_stream(config: RunConfig, model: Any, processor: Any, *, rank: int =
     data = config.data
     features = Features(model, data.feature_dtype, config.model.audio_encoder)
     stream = SpeechStream(config, processor, features, rank=rank, world_size=world_size)
-    key = source_key(data.sources[0])
     return SpeechData(
         sources=data.sources,
         temperature=data.temperature,
@@ -129,9 +181,9 @@ def prepare_stream(config: RunConfig, model: Any, processor: Any, *, rank: int =
         min_audio_seconds=stream.limits[0],
         max_audio_seconds=stream.limits[1],
         num_rows=0,
-        fingerprints={key: stream.fingerprint},
-        vocabularies=[],
-        sizes={key: 0},
+        fingerprints=stream.fingerprints,
+        vocabularies=[unique_tokens([example.transcript for example in tried]) for tried in stream.tried],
+        sizes=dict.fromkeys(stream.fingerprints, 0),
         seconds=0.0,
         trainable=trainable_of(model),
         stream=stream,
