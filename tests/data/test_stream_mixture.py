@@ -1,11 +1,13 @@
 """Several streams in one: the shares that were asked for, each row once in an epoch of its own, from any place on."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from ultravox.data.filters import Filters
@@ -238,3 +240,25 @@ def test_too_many_faults_end_the_run(mixture):
     list(islice(windows, 12))
     with pytest.raises(DataError, match=r"2 of 104 clips cannot be used \(2 unfit\)"):
         one.set_aside([("unfit", "r2")])
+
+
+def test_an_id_that_comes_twice_in_a_window_is_set_aside_and_one_of_the_next_epoch_is_not(mixture, folders, tmp_path):
+    shutil.copytree(folders["b"], tmp_path / "b")
+    path = sorted((tmp_path / "b").glob("*.parquet"))[0]
+    table = pq.read_table(path)
+    place = table.column_names.index("id")
+    first = table.column("id")[0].as_py()
+    pq.write_table(table.set_column(place, "id", [[first] * len(table)]), path)
+    folders = {"a": folders["a"], "b": tmp_path / "b"}
+    streams = {
+        key: StreamSource(SourceSpec(str(folder), streaming=True), window=1, seed=7, max_quarantine_share=0.5, key=key)
+        for key, folder in folders.items()
+    }
+    one = StreamMixture(streams, window=80, max_quarantine_share=0.5)
+    window = next(iter(one))  # 40 of each: more than three epochs of the small one
+    found = [(epoch, clip.id) for epoch, stream, clip in zip(window.epochs, window.streams, window.clips, strict=True)]
+    assert len(set(zip(window.streams, found, strict=True))) == len(found) < 80
+    assert {reason for reason, _ in window.left_out} == {"id twice"}
+    assert len(window.left_out) == len(set(window.left_out)) == 80 - len(found)
+    mine = [place for place, stream in zip(found, window.streams, strict=True) if stream == 1]
+    assert sorted(epoch for epoch, name in mine if name == first) == sorted({epoch for epoch, _ in mine})

@@ -217,7 +217,7 @@ def test_align_begins_with_the_tokens_of_the_first_rows_and_learns_the_others(pa
     config = config_of(parts, streams, tmp_path / "run", (("align", 9),))
     model, processor = build_model(config.model), build_processor(config.model)
     data = prepare_stream(config, model, processor)
-    data.stream.tried[1] = []  # as if the second stream's words came later
+    data.vocabularies[1] = data.vocabularies[1][:0]  # as if the second stream's words came later
     task = AlignTask(model, processor, data, config.stages[0], config.seed)
     begin = task.alignment.token_ids.clone()
     new = torch.tensor(processor.tokenizer.encode(" zq", add_special_tokens=False))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from ultravox.data.quarantine import Quarantine
+from ultravox.data.quarantine import ID_TWICE, Quarantine
 from ultravox.data.streaming import ROWS_TO_JUDGE, STATE_VERSION, StreamSource, Window
 from ultravox.errors import CheckpointError, DataError
 
@@ -55,7 +55,7 @@ class StreamMixture:
         self.rewind()
 
     def __iter__(self) -> Iterator[Window]:
-        """Windows without an end, all of the same size.
+        """Windows without an end, all of the same size but for clips whose ids come twice in them.
 
         Raises:
             DataError: a stream of which no clip can be used, or too many cannot; or this is a worker process.
@@ -66,9 +66,10 @@ class StreamMixture:
             self._current = self._state()
             begin = self._epochs()
             found = [(index, next(windows[index])) for index in self._turns()]
-            drawn = [index for index, _ in found]
-            self._kept = [drawn.count(index) for index in range(len(self._streams))]
             num_rows = sum(one.num_rows for _, one in found)
+            self._take_out_repeated(found)
+            drawn = [index for index, one in found if one.clips]
+            self._kept = [drawn.count(index) for index in range(len(self._streams))]
             self._num_rows += num_rows
             epoch = math.floor(begin)
             yield Window(
@@ -77,7 +78,7 @@ class StreamMixture:
                 share=(begin - epoch, self._epochs() - epoch),
                 left_out=[fault for _, one in found for fault in one.left_out],
                 num_rows=num_rows,
-                epochs=[one.epoch for _, one in found],
+                epochs=[one.epoch for _, one in found if one.clips],
                 streams=drawn,
             )
             self._used = [used + kept for used, kept in zip(self._used, self._kept, strict=True)]
@@ -90,6 +91,17 @@ class StreamMixture:
             index = behind.index(max(behind))
             used[index] += 1
             yield index
+
+    def _take_out_repeated(self, found: list[tuple[int, Window]]) -> None:
+        """Set aside the clips of a window whose id came before in it, in the same epoch of their stream."""
+        seen: set[tuple[int, int, str]] = set()
+        for place, (index, one) in enumerate(found):
+            key = (index, one.epoch, one.clips[0].id)
+            if key in seen:
+                fault = (ID_TWICE, f"{one.clips.pop().id} ({self._keys[index]}, clip {place} of its window)")
+                one.left_out.append(fault)
+                self._streams[index].set_aside([fault])
+            seen.add(key)
 
     def _epochs(self) -> float:
         """How often the stream has come that has come least often."""
@@ -111,8 +123,8 @@ class StreamMixture:
         """Take note of clips that turned out to be unusable: reasons and ids. DataError when too many are."""
         for reason, name in left_out:
             self._quarantine.add(reason, name)
-        if self._num_rows >= ROWS_TO_JUDGE or self._epochs() >= 1:
-            self._quarantine.require(self._max_quarantine_share, self._num_rows)
+        coming = 0 if self._epochs() >= 1 else max(0, ROWS_TO_JUDGE - self._num_rows)
+        self._quarantine.require(self._max_quarantine_share, self._num_rows, coming=coming)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the window begins that was yielded last; the very beginning before any was. JSON can hold it."""

@@ -87,7 +87,8 @@ class SpeechStream:
         template = PromptTemplate(source.task, source.prompts, source.response)
         speeds = source.speeds or self._config.data.speeds
         key = source_key(source)
-        maker = ExampleMaker(index, template, self._processor, self._config, f"{key} {stream.fingerprint}")
+        name = f"{index} {source.task} {stream.fingerprint}"  # no path: a moved dataset keeps its order
+        maker = ExampleMaker(index, template, self._processor, self._config, name)
         one = _Opened(index, key, source, maker, speeds, stream)
         rows = islice(stream.source.shard_rows(0), ROWS_TO_TRY)
         clips = [found for _, found in rows if isinstance(found, Clip)]
