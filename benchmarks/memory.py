@@ -1,18 +1,17 @@
-"""How well the memory of a batch is predicted, and that a process with no more than that runs it.
+"""How well the memory of a batch is predicted, in a process that may have no more than the prediction.
 
-    python benchmarks/memory.py [--batches 50] [--steps predict in_order ascending over]
+    python benchmarks/memory.py [--batches 50]
 
-The quickstart's stage `tune` (SmolLM2-135M with LoRA on a frozen Whisper tiny.en), with made examples through
-the real task. The batches are those that the planner cuts out of random datasets with random budgets. Each step is
-a process of its own; all but the first take the calibration from the results of the first.
+The quickstart's stage `tune` (SmolLM2-135M with LoRA on a frozen Whisper tiny.en), with made examples through the real
+task, all in one process:
 
-predict: calibrates, then predicts and measures each batch; also what a plan takes it for. Two peaks are compared, both
-    of resident memory: what the batch takes beside what the process holds before it, and the process's total.
-in_order: sets RLIMIT_AS to the process's size at its start, when all freed memory has been given back, + the largest
-    prediction + SLACK_BYTES, and runs all batches one after the other, keeping freed memory as training does.
-ascending: the same from the smallest to the largest, the limit following what is predicted for each.
-over: sets RLIMIT_AS so that half of the largest batch fits. The whole must fail in a way that is recognised, its halves
-    must give the loss and the gradients that the whole gives without a limit, and the next batch must run.
+1. The process's size (its addresses, which RLIMIT_AS counts) is noted when the task stands, a batch of a single row has
+   run and all freed memory has been given back.
+2. The memory model is calibrated, as at the start of a stage.
+3. RLIMIT_AS is set to that size + the largest prediction + SLACK_BYTES. What calibrating has left is not allowed for.
+4. Batches that the planner cuts out of random datasets with random budgets run in random order, forwards and backwards.
+   Of each, the peak of resident memory beside what is resident before it is held against the prediction, and against
+   what a plan takes it for.
 
 The numbers go to `benchmarks/results/memory.json`.
 """
@@ -21,36 +20,34 @@ import argparse
 import gc
 import json
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
-from ultravox.config.data import AugmentConfig, SourceConfig
+from ultravox.config.data import SourceConfig
 from ultravox.config.load import load_config
 from ultravox.data.plan import plan_batches
 from ultravox.model.factory import build_model, build_processor
 from ultravox.model.fast import use_fast_kernels
-from ultravox.training.batches import SpeechBatch
 from ultravox.training.measure import memory_bytes
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel, OfLongest, calibrate
 from ultravox.training.memory_probe import make_probe, measure_task, peak_on_cpu, run_probe
 from ultravox.training.speech import prepare_speech
-from ultravox.training.splitting import is_out_of_memory, run_with_splitting
+from ultravox.training.splitting import is_out_of_memory
 from ultravox.training.tune import TuneTask
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 MAX_AUDIO_TOKENS, MAX_TEXT_TOKENS = 300, 80
 NUM_CLIPS = 20
-#: What a process needs beyond the prediction when batches of many shapes come one after the other: oneDNN's compiled
-#: products (half a megabyte for each shape), and holes between what is kept.
-SLACK_BYTES = 256 << 20
+#: What a process may need beyond the largest prediction when batches of many shapes come one after the other: oneDNN's
+#: compiled products (128 of half a megabyte), which predictions leave out, and as much for holes between what is kept.
+SLACK_BYTES = 128 << 20
 
 
 def build_task() -> TuneTask:
@@ -97,10 +94,14 @@ def max_batch_tokens() -> int:
     return load_config(ROOT / "configs" / "quickstart.yaml").stages[-1].max_batch_tokens
 
 
-def predict(count: int) -> dict[str, Any]:
+def measure(count: int) -> dict[str, Any]:
     """See above."""
     task = build_task()
     keep_freed_memory()
+    run_probe(task, make_probe(task, [(4, 12)]))  # threads and kernels are there once
+    gc.collect()
+    release_freed_memory()
+    size = virtual_bytes()
     start = time.perf_counter()
     model = calibrate(
         measure_task(task),
@@ -110,20 +111,48 @@ def predict(count: int) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     print(json.dumps(model.to_json()), file=sys.stderr, flush=True)
+    batches = random_batches(count, max_batch_tokens())
+    largest = max(predicted(model, batch) for batch in batches)
+    gc.collect()
+    release_freed_memory()
+    after, limit = virtual_bytes(), size + largest + SLACK_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     rows = []
-    for batch in random_batches(count, max_batch_tokens()):
-        probe = make_probe(task, batch)
-        gc.collect()
-        release_freed_memory()
-        base = memory_bytes()
-        measured = peak_on_cpu(lambda probe=probe: run_probe(task, probe))
-        audio, text = np.array(batch).T
-        row = {"rows": len(batch), "audio_tokens": int(audio.sum()), "text_tokens": int(text.sum())}
-        row |= {"longest": int((audio + text).max()), "base": base, "measured": measured}
-        rows.append(row | {"predicted": predicted(model, batch), "planned": planned(model, batch)})
-        share = rows[-1]["predicted"] / measured - 1
-        print(f"{rows[-1]} {share:+.1%}", file=sys.stderr, flush=True)
-    return {"calibration_seconds": round(seconds, 1), "model": model.to_json(), "batches": rows}
+    for index in np.random.default_rng(1).permutation(count):
+        rows.append(run_batch(task, model, batches[index]))
+        print(rows[-1], f"{limit - virtual_bytes():,} left", file=sys.stderr, flush=True)
+    return {
+        "threads": torch.get_num_threads(),
+        "calibration_seconds": round(seconds, 1),
+        "model": model.to_json(),
+        "address_space": {
+            "before_calibration": size,
+            "after_calibration": after,
+            "largest_prediction": largest,
+            "slack": SLACK_BYTES,
+            "limit": limit,
+            "most_beyond_prediction": largest_virtual_bytes() - size - largest,
+        },
+        "batches": rows,
+    }
+
+
+def run_batch(task: TuneTask, model: MemoryModel, batch: list[tuple[int, int]]) -> dict[str, int | None]:
+    """A batch's shape, what it took and what is predicted; `measured` is None where memory ran out."""
+    probe = make_probe(task, batch)
+    gc.collect()
+    release_freed_memory()
+    base, measured = memory_bytes(), None
+    try:
+        measured = peak_on_cpu(lambda: run_probe(task, probe))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"out of memory: {error}"[:200], file=sys.stderr)
+    audio, text = np.array(batch).T
+    row = {"rows": len(batch), "audio_tokens": int(audio.sum()), "text_tokens": int(text.sum())}
+    row |= {"longest": int((audio + text).max()), "base": base, "measured": measured}
+    return row | {"predicted": predicted(model, batch), "planned": planned(model, batch)}
 
 
 def virtual_bytes() -> int:
@@ -132,143 +161,40 @@ def virtual_bytes() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-def set_limit(num_bytes: int) -> None:
-    """Bound the process's size; -1 = not at all."""
-    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+def largest_virtual_bytes() -> int:
+    """The most that it was so far."""
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmPeak:"))
+    return int(line.split()[1]) * 1024
 
 
-def prepared(count: int) -> tuple[TuneTask, list[SpeechBatch], list[int], int]:
-    """A task that has run once, batches, what is predicted for each, and the process's size."""
-    model = MemoryModel.from_json(json.loads(RESULTS.read_text())["predict"]["model"])
-    task = build_task()
-    batches = random_batches(count, max_batch_tokens())
-    probes = [make_probe(task, batch) for batch in batches]
-    keep_freed_memory()  # only now: what the encoder has freed would leave holes between the batches
-    run_probe(task, make_probe(task, [(4, 12)]))  # threads and kernels are there once
-    gc.collect()
-    release_freed_memory()
-    return task, probes, [predicted(model, batch) for batch in batches], virtual_bytes()
-
-
-def in_order(count: int) -> dict[str, Any]:
-    """See above."""
-    task, probes, needs, start = prepared(count)
-    set_limit(start + max(needs) + SLACK_BYTES)
-    for probe in probes:
-        run_probe(task, probe)
-    grown = virtual_bytes() - start
-    return {"start": start, "largest_prediction": max(needs), "slack": SLACK_BYTES, "ran": count, "grown_by": grown}
-
-
-def ascending(count: int) -> dict[str, Any]:
-    """See above."""
-    task, probes, needs, start = prepared(count)
-    beyond = []
-    for need, probe in sorted(zip(needs, probes, strict=True), key=lambda pair: pair[0]):
-        set_limit(start + need + SLACK_BYTES)
-        run_probe(task, probe)
-        beyond.append(virtual_bytes() - start - need)
-    return {"start": start, "slack": SLACK_BYTES, "ran": count, "most_beyond_prediction": max(beyond)}
-
-
-def over(count: int) -> dict[str, Any]:
-    """See above."""
-    task, probes, needs, start = prepared(count)
-    task.stage.augment = AugmentConfig()  # which is drawn anew for each half
-    order = np.argsort(needs)
-    parameters = list(task.trainable.values())
-    batch = probes[order[-1]]
-    model = MemoryModel.from_json(json.loads(RESULTS.read_text())["predict"]["model"])
-
-    def loss_and_backward(part: SpeechBatch) -> tuple[float, float]:
-        output = task.loss(part)
-        output.sum.backward()
-        return output.sum.item(), output.count
-
-    def gradients() -> list[Tensor]:
-        found = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        return [gradient for gradient in found if gradient is not None]
-
-    half = batch.halves()[1]  # the planner sorts by length
-    need = int(model.predict(len(half.ids), *_counts(half)))
-    bound = start + need + SLACK_BYTES
-    assert bound < start + needs[order[-1]]
-    set_limit(bound)
-    error: BaseException | None = None
-    try:
-        loss_and_backward(batch)
-    except Exception as caught:
-        error = caught.with_traceback(None)
-    assert is_out_of_memory(error or ValueError("it fitted")), error
-    gradients()
-    splits: list[int] = []
-    parts = run_with_splitting(
-        loss_and_backward, batch, task.halves, lambda whole, _: splits.append(len(whole.ids)), parameters=parameters
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many ran, and how far predictions are above what was measured."""
+    rows = [row for row in found if row["measured"] is not None]
+    base, measured, told, plan = (
+        np.array([row[name] for row in rows]) for name in ("base", "measured", "predicted", "planned")
     )
-    of_parts = gradients()
-    run_probe(task, probes[order[0]])
-
-    set_limit(resource.RLIM_INFINITY)
-    loss, num_tokens = loss_and_backward(batch)
-    of_whole = gradients()
-    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(of_parts, of_whole, strict=True))
-    return {
-        "predicted": needs[order[-1]],
-        "limit_beside_start": bound - start,
-        "error": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}",
-        "split": splits,
-        "loss_difference": abs(sum(part[0] for part in parts) - loss) / loss,
-        "same_count": sum(part[1] for part in parts) == num_tokens,
-        "largest_relative_gradient_difference": worst,
+    shares = {
+        "beside_base": told / measured - 1,
+        "process_total": (base + told) / (base + measured) - 1,
+        "planned": plan / measured - 1,
     }
-
-
-def _counts(batch: SpeechBatch) -> tuple[int, int, int]:
-    """Audio tokens, text tokens and the longest row of a batch."""
-    audio = np.array([sum(counts) for counts in batch.audio_tokens])
-    text = np.array([len(ids) - len(counts) for ids, counts in zip(batch.input_ids, batch.audio_tokens, strict=True)])
-    return int(audio.sum()), int(text.sum()), int((audio + text).max())
-
-
-def summary(batches: list[dict[str, int]]) -> dict[str, float]:
-    """How far predictions are above what was measured."""
-    beside = np.array([row["predicted"] / row["measured"] for row in batches]) - 1
-    total = np.array([(row["base"] + row["predicted"]) / (row["base"] + row["measured"]) for row in batches]) - 1
-    plan = np.array([row["planned"] / row["measured"] for row in batches]) - 1
-    shares = {"beside_base": beside, "process_total": total, "planned": plan}
-    return {
+    beside = shares["beside_base"]
+    counts = {"batches": len(found), "ran": len(rows), "below_measured": int((beside < 0).sum())}
+    counts |= {"over_15_percent": int((beside > 0.15).sum())}
+    return counts | {
         f"{name}_{what}": float(getattr(np, what)(v)) for name, v in shares.items() for what in ("min", "max", "mean")
     }
 
 
-STEPS = {"predict": predict, "in_order": in_order, "ascending": ascending, "over": over}
-
-
 def main() -> None:
-    """Run the steps, each in its process, and keep what they find."""
+    """Measure, print the summary and keep all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=50, help="how many (default %(default)s)")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="which (default all)")
-    parser.add_argument("--here", choices=STEPS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.here:
-        print(json.dumps(STEPS[arguments.here](arguments.batches)))
-        return
-    for step in arguments.steps:
-        command = [sys.executable, __file__, "--here", step, "--batches", str(arguments.batches)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f"the step {step} failed")
-        results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"version": 1}
-        results[step] = json.loads(done.stdout.splitlines()[-1])
-        if step == "predict":
-            results[step]["above_measured"] = summary(results[step]["batches"])
-            print(json.dumps(results[step]["above_measured"], indent=1))
-        else:
-            print(json.dumps(results[step], indent=1))
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    measured = measure(parser.parse_args().batches)
+    found = {"version": 2, "summary": summary(measured["batches"]), **measured}
+    print(json.dumps({name: found[name] for name in ("summary", "address_space")}, indent=1))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,43 @@ def _raise(error):
     raise error
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+@pytest.mark.parametrize("limit", [0.8e9, 1.2e9, 1.6e9, 2.0e9, 1e12])
+def test_no_batch_is_measured_that_takes_more_than_the_limit_and_predictions_hold_within_it(limit, noise):
+    taken = []
+
+    def measure(*shape):
+        taken.append(invented(*shape))
+        return taken[-1]
+
+    model = calibrated(noise=noise, measure=measure, max_bytes=round(limit))
+    assert max(taken) <= limit
+    assert max(taken) > 0.65 * min(limit, invented(5, 1175, 325))
+    assert len(model.probes) >= MIN_PROBES
+    rows, audio, text, longest = random_shapes()
+    predicted, real = model.predict(rows, audio, text, longest), invented(rows, audio, text, longest)
+    fits = predicted <= limit
+    assert (real[fits] <= limit).all()
+    assert (predicted[real <= limit] >= real[real <= limit]).all()
+
+
+def test_a_limit_below_what_the_smallest_batches_take_runs_those_alone():
+    """The planner says then what does not fit."""
+    sizes = []
+    model = calibrated(measure=lambda *shape: sizes.append(shape[1] + shape[2]) or invented(*shape), max_bytes=1)
+    assert max(sizes) <= 50
+    assert len(model.probes) >= MIN_PROBES
+    assert model.predict(1, 300, 80) > 1
+
+
+@pytest.mark.parametrize("limits", [(50, 20, 12), (600, 150, 0), (100, 1, 0), (100, 1, 3), (400, 400, 0)])
+def test_a_limit_leaves_enough_probes_whatever_the_rows_are_like(limits):
+    names = ("max_batch_tokens", "max_audio_tokens", "max_text_tokens")
+    for max_bytes in (1, 600_000_000, 10**12):
+        model = calibrated(max_bytes=max_bytes, **dict(zip(names, limits, strict=True)))
+        assert len(model.probes) >= MIN_PROBES
+
+
 def test_the_best_terms_are_found_by_what_they_predict():
     """Memory of one term only: no other gets a coefficient that matters, whatever the noise would like."""
     shapes = probe_shapes(1500, 300, 80)

@@ -5,6 +5,10 @@ PyTorch also carries, compiles its own for what the processor has. ``benchmarks/
 else (CUDA, other dtypes, builds without oneDNN) these functions are plain PyTorch.
 """
 
+import mmap
+import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +27,68 @@ def uses_onednn(tensor: Tensor) -> bool:
 
 def matmul_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T (+ bias)`` in float32 on a CPU, x [row, in], weight [out, in]; no gradient is recorded."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return _compiled(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
 #: oneDNN compiles a product anew for each number of rows, and keeps half a megabyte of it; so they come in multiples.
 ROWS_MULTIPLE = 32
+
+#: So many compiled products are kept (oneDNN's own choice is 1024): a step needs about 30 for each number of rows, and
+#: compiling one takes less than a millisecond, but all of 1024 would take half a gigabyte of addresses.
+MAX_COMPILED = 128
+
+
+def bound_compiled() -> None:
+    """Let oneDNN keep no more than `MAX_COMPILED`, if nobody has said otherwise. It asks once, before its first one."""
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(MAX_COMPILED))
+
+
+def _compiled(product: Callable[[], Tensor]) -> Tensor:
+    """What a product gives that oneDNN may have to compile first.
+
+    Once compiling has failed in a thread, since there was no memory, it fails there for good: the compiler (Xbyak)
+    keeps its first error, and nobody clears it. A fresh thread has none, and what it compiles is kept for all.
+    """
+    try:
+        return product()
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+    return _in_fresh_thread(product)
+
+
+#: Stack of a fresh thread, room for what it compiles, and the stack of each thread that helps it, of the system's size
+#: and as a rule this large: those end the process if they find no room.
+_STACK_BYTES, _COMPILED_BYTES, _HELPER_BYTES = 4 << 20, 2 << 20, 9 << 20
+
+
+def _in_fresh_thread(function: Callable[[], Tensor]) -> Tensor:
+    """What a function gives, or its error. MemoryError where there is no room for the threads."""
+    results: list[Tensor] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    try:
+        mmap.mmap(-1, _STACK_BYTES + _COMPILED_BYTES + _HELPER_BYTES * (torch.get_num_threads() - 1)).close()
+    except OSError as error:
+        raise MemoryError("no room to compile a product") from error
+    usual = threading.stack_size(_STACK_BYTES)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+    finally:
+        threading.stack_size(usual)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def fill_rows(rows: Tensor) -> Tensor:
@@ -38,7 +99,7 @@ def fill_rows(rows: Tensor) -> Tensor:
 
 def add_matmul_transposed(other: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """``other + x @ weight.T`` in one pass over the result, as `matmul_transposed`; other [row, out]."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")
+    return _compiled(lambda: torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add"))
 
 
 class _Linear(torch.autograd.Function):

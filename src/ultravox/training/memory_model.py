@@ -36,6 +36,11 @@ REPEAT_MARGIN = 0.04
 LEAST_TEXT = 4
 #: Least number of probes: with fewer, the residuals say nothing.
 MIN_PROBES = 6
+#: Under a limit, a batch is only measured where those before it let expect at most the limit / this: batches of as many
+#: tokens differ by about as much, if those that were measured did not differ by more.
+CAREFULNESS = 1.15
+#: Larger batches are sought as long as so many times more tokens are expected to fit.
+LEAST_GROWTH = 1.2
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,7 @@ def calibrate(
     max_batch_tokens: int,
     max_audio_tokens: int,
     max_text_tokens: int,
+    max_bytes: int | None = None,
     on_probe: Callable[[int, int], None] = lambda done, total: None,
 ) -> MemoryModel:
     """Measure batches of different shapes, small and large, and fit a model to them.
@@ -159,36 +165,103 @@ def calibrate(
             left out, and so are all that are larger.
         max_batch_tokens: of the largest batch.
         max_audio_tokens, max_text_tokens: of the longest row.
+        max_bytes: measure no batch that is expected to take more. The very smallest ones are measured all the same:
+            where they take more, nothing fits.
         on_probe: is told how many batches are measured, and of how many.
 
     Raises:
         DataError: too few batches fit into memory.
     """
-    shapes = probe_shapes(max_batch_tokens, max_audio_tokens, max_text_tokens)
-    small = [shape for shape in shapes if shape[1] + shape[2] <= max_batch_tokens / 2]
+    probes = _Probes(measure, max_bytes)
+    limits = _within(probes, (max_batch_tokens, max_audio_tokens, max_text_tokens))
+    shapes = probe_shapes(*limits)
+    small = [shape for shape in shapes if _tokens(shape) <= limits[0] / 2]
     order = [*shapes, *small]
-    measured: dict[Shape, int] = {}
-    too_many = math.inf
     on_probe(0, len(order))
     for index, shape in enumerate(order):
-        if (tokens := shape[1] + shape[2]) < too_many:
-            # Small ones are measured again after large ones: among what those have left, they take more. But the very
-            # first one also pays for what is only made once, such as compiled kernels.
-            before = measured.get(shape, 0) if index > len(shapes) else 0
-            try:
-                measured[shape] = max(before, measure(*shape))
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                too_many = tokens
+        # Small ones are measured again after large ones: among what those have left, they take more. But the very
+        # first one also pays for what is only made once, such as compiled kernels.
+        if index >= len(shapes) or probes.allows(shape):
+            probes.measure(shape, keep_largest=index > len(shapes))
         on_probe(index + 1, len(order))
-    if len(measured) < MIN_PROBES:
-        rows, audio, text = shapes[len(measured)]
+    if len(probes.found) < MIN_PROBES:
+        rows, audio, text = next(shape for shape in shapes if shape not in probes.found)
         raise DataError(
             f"a batch of {rows} rows with {audio + text} tokens does not fit into memory: lower max_batch_tokens "
             f"(now {max_batch_tokens}) or data.max_audio_seconds"
         )
-    return fit([(*shape, taken) for shape, taken in measured.items()])
+    return fit([(*shape, taken) for shape, taken in probes.found.items()])
+
+
+def _tokens(shape: Shape) -> int:
+    return shape[1] + shape[2]
+
+
+class _Probes:
+    """What measured batches took, and which others may be tried after them."""
+
+    def __init__(self, measure: Measure, max_bytes: int | None) -> None:
+        self._measure, self.max_bytes = measure, max_bytes
+        self.found: dict[Shape, int] = {}
+        self.always = 0
+        """Batches of up to so many tokens may take more than `max_bytes`."""
+        self._too_many = math.inf
+
+    def measure(self, shape: Shape, *, keep_largest: bool = False) -> None:
+        """Note what a batch takes, or that batches of so many tokens do not fit into memory."""
+        if _tokens(shape) >= self._too_many:
+            return
+        before = self.found.get(shape, 0) if keep_largest else 0
+        try:
+            self.found[shape] = max(before, self._measure(*shape))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._too_many = _tokens(shape)
+
+    def most_tokens(self) -> float:
+        """Of a batch that is expected to take no more than `max_bytes`, in proportion to the largest measured ones.
+
+        Part of what they take is the same for all, so that larger batches take less than in proportion.
+        """
+        if self.max_bytes is None or not self.found:
+            return self._too_many
+        rates = [(_tokens(shape), size / _tokens(shape)) for shape, size in self.found.items()]
+        alike = {most: [rate for tokens, rate in rates if 0.8 * most <= tokens <= most] for most, _ in rates}
+        difference = max(max(group) / max(1.0, min(group)) for group in alike.values())
+        expected = max(alike[max(alike)]) * max(CAREFULNESS, difference)
+        return min(self._too_many, self.max_bytes / max(1.0, expected))
+
+    def allows(self, shape: Shape) -> bool:
+        """Whether a batch may be measured, as far as those before it say."""
+        return _tokens(shape) <= max(self.always, self.most_tokens())
+
+
+def _within(probes: _Probes, limits: Shape) -> Shape:
+    """`limits`, the arguments of `probe_shapes`, or smaller ones where `max_bytes` wants that.
+
+    Batches are measured on the way: each is as large as the one before it lets expect to fit.
+    """
+    if probes.max_bytes is None:
+        return limits
+    least = _tokens(first := probe_shapes(*limits)[0])
+    while least < limits[0] and len(probe_shapes(*_scaled(limits, least))) < MIN_PROBES:
+        least = min(2 * least, limits[0])
+    probes.always = least
+    for _ in range(2):  # the first time it also pays for what is only made once
+        probes.measure(first)
+    most = least
+    while most < limits[0] and (larger := int(min(probes.most_tokens(), limits[0]))) >= LEAST_GROWTH * most:
+        most = larger
+        probes.measure(probe_shapes(*_scaled(limits, most))[-1])
+    return _scaled(limits, max(least, int(min(probes.most_tokens(), limits[0]))))
+
+
+def _scaled(limits: Shape, max_batch_tokens: int) -> Shape:
+    """The same for smaller batches; where a longest row would not fit into one, it is shorter in proportion."""
+    _, audio, text = limits
+    share = min(1.0, max_batch_tokens / (audio + text))
+    return max_batch_tokens, max(1, int(audio * share)), max(min(1, text), int(text * share))
 
 
 def probe_shapes(max_batch_tokens: int, max_audio_tokens: int, max_text_tokens: int) -> list[Shape]:

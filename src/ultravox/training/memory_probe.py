@@ -84,7 +84,11 @@ def run_probe(task: SpeechTask, batch: SpeechBatch) -> None:
 
 
 def calibrate_task(task: SpeechTask) -> MemoryModel:
-    """A model of what a task's batches take, from a few that are run. Draws no random number of the run."""
+    """A model of what a task's batches take, from a few that are run, within the stage's limit where it has one.
+
+    Draws no random number of the run.
+    """
+    limit = task.stage.max_batch_memory_gb
     keep_freed_memory()  # as training does
     with torch.random.fork_rng(), bar("measuring memory", unit="batches") as on_probe:
         return calibrate(
@@ -92,6 +96,7 @@ def calibrate_task(task: SpeechTask) -> MemoryModel:
             max_batch_tokens=task.stage.max_batch_tokens,
             max_audio_tokens=max(1, int(task.audio_tokens.max())),
             max_text_tokens=int(task.text_tokens.max()),
+            max_bytes=None if limit is None else round(limit * 1e9),
             on_probe=on_probe,
         )
 

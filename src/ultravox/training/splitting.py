@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ultravox.errors import DataError
-from ultravox.training.memory import release_freed_memory
+from ultravox.training.memory import make_room
 from ultravox.training.task import Batch
 
 B = TypeVar("B", bound=Batch)
@@ -22,6 +22,7 @@ _SAYINGS = (
     "out of memory",
     "out_of_memory",
     "std::bad_alloc",
+    "can't start new thread",
     "could not create a primitive",  # oneDNN, which gives no other reason; its shapes were right in smaller batches
     "could not create a memory object",
     "could not execute a primitive",
@@ -107,6 +108,6 @@ def _attempt(loss_and_backward: Callable[[B], T], batch: B, parameters: Sequence
 def _collect() -> None:
     """Give back what the failed attempt has left."""
     gc.collect()
-    release_freed_memory()
+    make_room()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
