@@ -8,6 +8,8 @@ import pytest
 from tiny_run import save_tiny_models, save_tones, tiny_config
 
 from ultravox.cli.main import main
+from ultravox.data.prepared_clips import PreparedClips
+from ultravox.data.quarantine import Quarantine
 from ultravox.model.factory import build_model, build_processor
 from ultravox.training import examples as of_examples
 from ultravox.training import rows as of_rows
@@ -96,6 +98,26 @@ def test_a_prepared_corpus_is_not_held_in_memory(parts, whole, tmp_path):
     assert (data.examples.lengths.audio_tokens == plain.examples.lengths.audio_tokens).all()
     for mine, theirs in zip(data.examples, plain.examples, strict=True):
         assert [ids.tolist() for ids, _ in mine.prompts] == [ids.tolist() for ids, _ in theirs.prompts]
+
+
+@pytest.mark.parametrize("seconds", [(0.0, 100.0), (50.0, 60.0)])
+def test_what_is_kept_out_is_found_in_one_pass(parts, tmp_path, monkeypatch, seconds):
+    """Whether clips of the wanted length are there or not, no row is looked up but those that are chosen."""
+    folder = tmp_path / "prepared"
+    assert main(["data", "prepare", str(parts[1]), "--output", str(folder)]) == 0
+    config = short(parts, tmp_path / "run")
+    config.data.sources = config.data.sources[:1]
+    config.data.sources[0].name = str(folder)
+    sources, _ = of_rows.read_sources(config, build_processor(config.model), Quarantine())
+    looked_up = []
+    inner = PreparedClips.__getitem__
+    monkeypatch.setattr(PreparedClips, "__getitem__", lambda self, row: looked_up.append(row) or inner(self, row))
+    monkeypatch.setattr(of_rows, "PROGRESS_SECONDS", seconds)
+    progress, (training,) = of_rows.keep_out(sources, 3)
+    assert len(progress) == len(looked_up) == 3
+    assert len(training) == 37
+    ids = {sources[0].clips[int(row)].id for row in training}
+    assert not ids & {clip.id for _, clip in progress}
 
 
 def test_kept_examples_have_one_place_each(monkeypatch):

@@ -8,8 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -136,33 +135,41 @@ def keep_out(sources: Sequence[SourceRows], count: int) -> tuple[list[tuple[Sour
     first = next((source for source in sources if source.config.task == "transcription"), None)
     if first is None or count == 0:
         return [], [np.arange(len(source.clips)) for source in sources]
-    texts, names = zip(*(_keys(source) for source in sources), strict=True)
-    mine, order = texts[sources.index(first)], np.argsort(names[sources.index(first)], kind="stable")
-    candidates: list[int] = order[mine[order] != _key("")].tolist()
-    count = min(count, len(candidates) // 10)
-    handy = list(islice((row for row in candidates if _is_handy(first.clips[row])), count))
-    chosen = handy if len(handy) == count else candidates[:count]
-    training = [np.flatnonzero(~np.isin(keys, mine[chosen])) for keys in texts]
-    return [(first, first.clips[row]) for row in chosen], training
+    looks = [_look(source) for source in sources]
+    mine = looks[sources.index(first)]
+    order = np.argsort(mine.ids, kind="stable")
+    order = order[mine.texts[order] != _key("")]
+    count = min(count, len(order) // 10)
+    least, most = PROGRESS_SECONDS
+    handy = order[(mine.seconds[order] >= least) & (mine.seconds[order] <= most)]
+    chosen = (handy if len(handy) >= count else order)[:count]
+    training = [np.flatnonzero(~np.isin(look.texts, mine.texts[chosen])) for look in looks]
+    return [(first, first.clips[row]) for row in chosen.tolist()], training
 
 
-def _keys(source: SourceRows) -> tuple[np.ndarray, np.ndarray]:
-    """What tells the texts of the clips apart, whatever their case and punctuation, and their ids; uint64 [clip]."""
-    texts, names = np.zeros((2, len(source.clips)), dtype=np.uint64)
+class _Look(NamedTuple):
+    """What is asked of each clip before any is chosen, [clip]."""
+
+    texts: np.ndarray
+    """uint64, what tells the texts apart, whatever their case and punctuation."""
+    ids: np.ndarray
+    """uint64, by which clips are chosen."""
+    seconds: np.ndarray
+
+
+def _look(source: SourceRows) -> _Look:
+    texts, ids = np.zeros((2, len(source.clips)), dtype=np.uint64)
+    seconds = np.zeros(len(source.clips))
     with _progress("reading the rows", len(source.clips)) as on_row:
         for row, clip in enumerate(source.clips):
             texts[row] = _key(spoken_form(clip.text) if is_said(clip.text) else "")
-            names[row] = _key(clip.id)
+            ids[row], seconds[row] = _key(clip.id), clip.duration
             on_row(row + 1)
-    return texts, names
+    return _Look(texts, ids, seconds)
 
 
 def _key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
-def _is_handy(clip: Clip) -> bool:
-    return PROGRESS_SECONDS[0] <= clip.duration <= PROGRESS_SECONDS[1]
 
 
 @contextmanager
