@@ -1,6 +1,6 @@
 """What a run needs of memory and time for each row of a prepared corpus, before its first step and in it.
 
-    python benchmarks/rows.py [--rows 100000] [--source asterisk-en] [--rounds 2]
+    python benchmarks/rows.py [--rows 25000] [--source asterisk-en] [--rounds 2]
 
 The shortest clips of a source are prepared again and again under new ids and with a number in each text, until there
 are so many rows, and four times as many, in small shards: of both, more than a process keeps open. A fresh process then
@@ -30,7 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "rows.json"
 FACTOR = 4
 BATCHES = 20
 NUM_CLIPS = 100
-SHARD_MB = 16
+SHARD_MB = 4
 GROWING = ("open_seconds", "plan_seconds", "held_bytes")
 
 
@@ -123,7 +123,7 @@ def benchmark(source: str, num_rows: int, rounds: int, folder: Path) -> dict[str
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000, help="of the smaller corpus (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=25_000, help="of the smaller corpus (default: %(default)s)")
     parser.add_argument("--source", default="asterisk-en", help="whose clips are repeated (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes for each size (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: %(default)s)")
