@@ -137,6 +137,7 @@ def test_user_error_is_one_line(fake_command, capsys):
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "a/b: the disk is full"),
         (PermissionError(errno.EACCES, "no", "a/b"), "a/b: permission denied"),
+        (PermissionError(errno.EPERM, "no", "a/b"), "a/b: nothing can be written there"),
         (FileExistsError(errno.EEXIST, "no", "a/b"), "a/b: there is a file where a folder is needed"),
         (IsADirectoryError(errno.EISDIR, "no", "a/b"), "a/b: there is a folder where a file is needed"),
         (OSError(errno.ENAMETOOLONG, "no", "a/b"), "a/b: the name is too long"),

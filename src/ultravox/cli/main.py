@@ -51,6 +51,7 @@ DISK_ERRORS = {
     errno.EDQUOT: "your disk quota is used up; free some space and start again",
     errno.EROFS: "the file system is read-only; choose another place",
     errno.EACCES: "permission denied; choose another place or change its permissions",
+    errno.EPERM: "nothing can be written there; choose another place",
     errno.EEXIST: "there is a file where a folder is needed; choose another place",
     errno.ENOTDIR: "there is a file where a folder is needed; choose another place",
     errno.EISDIR: "there is a folder where a file is needed; choose another place",
