@@ -7,24 +7,11 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
 
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """Folders of a tiny language model and a tiny Whisper, and of a dataset of tones."""
-    from tiny_run import save_tiny_models, save_tones
-
-    folder = tmp_path_factory.mktemp("parts")
-    return save_tiny_models(folder), save_tones(folder / "tones")
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ULTRAVOX_HOME", str(tmp_path_factory.getbasetemp() / "home"))
-    # what one test has encoded, another may use: tests of the cache itself set a home of their own
+from run_fixtures import home, parts  # noqa: E402, F401
 
 
 @pytest.fixture
-def rows(parts):
+def rows(parts):  # noqa: F811
     """The rows of the tones, with absolute paths: a list that a test may change."""
     from faulty_runs import rows_of
 

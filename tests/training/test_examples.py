@@ -120,6 +120,18 @@ def test_what_is_kept_out_is_found_in_one_pass(parts, tmp_path, monkeypatch, sec
     assert not ids & {clip.id for _, clip in progress}
 
 
+def test_no_row_is_lost_uncounted(parts, tmp_path):
+    """Each row is trained on, kept out, or has the text of one that is; the run says how many of each there are."""
+    config = short(parts, tmp_path / "run")
+    config.data.sources[1].max_clips = None
+    processor, model = build_processor(config.model), build_model(config.model)
+    data = prepare_speech(config, model, processor)
+    assert data.num_same_text == 3, "both sources are the same tones"
+    assert len(data.examples) + len(data.progress_examples) + data.num_same_text == data.num_rows == 80
+    said = f'kept out 3 clips for "WER so far" and {data.num_same_text} rows with their texts'
+    assert said in data.describe()
+
+
 def test_kept_examples_have_one_place_each(monkeypatch):
     monkeypatch.setattr(of_examples, "KEPT_EXAMPLES", 3)
     made = []

@@ -356,6 +356,7 @@ def _summary(run: RunState, data: SpeechData, begin: float) -> dict[str, Any]:
         "num_clips": None if data.stream else len(data.examples),
         "audio_seconds": None if data.stream else data.seconds,
         "num_progress_clips": len(data.progress_examples),
+        "num_with_progress_text": data.num_same_text,
         "quarantined": data.quarantine.counts(),
         "quarantined_files": data.quarantine.reasons,
         "num_trainable_parameters": sum(parameter.numel() for parameter in data.trainable.values()),

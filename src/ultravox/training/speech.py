@@ -68,6 +68,8 @@ class SpeechData:
     """What trains in any stage of the run."""
     stream: "SpeechStream | None" = None
     """Where the examples come from while training, when they are not here."""
+    num_same_text: int = 0
+    """Rows that are not trained on since a clip that is kept out has their text."""
     epoch: int = 0
     """Of a stream: the last one that rows were looked at in."""
 
@@ -99,7 +101,11 @@ class SpeechData:
         quarantined = [f"{len(files)} {reason} ({files[0]})" for reason, files in self.quarantine.reasons.items()]
         left_out = f", left out {', '.join(quarantined)}" if quarantined else ""
         minutes = f"{self.seconds / 60:.0f} min of speech"
-        return f"{len(self.examples)} clips ({minutes}, {versions} versions with their speeds){left_out}"
+        same = f" and {self.num_same_text} rows with their texts" if self.num_same_text else ""
+        kept_out = (
+            f', kept out {len(self.progress_examples)} clips for "WER so far"{same}' if self.progress_examples else ""
+        )
+        return f"{len(self.examples)} clips ({minutes}, {versions} versions with their speeds){kept_out}{left_out}"
 
 
 def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
@@ -115,6 +121,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     features = Features(model, data.feature_dtype, config.model.audio_encoder)
     limits = audio_limits(config, features)
     progress, training = keep_out(sources, config.evaluation.num_progress_clips)
+    num_same_text = sum(len(source.clips) for source in sources) - sum(map(len, training)) - len(progress)
     if not cached:
         progress = [(source, clip) for source, clip in progress if _is_heard(clip, limits, quarantine)]
 
@@ -168,6 +175,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         {part.source.key: len(part) for part in heard},
         sum(part.seconds for part in heard),
         trainable_of(model),
+        num_same_text=num_same_text,
     )
 
 
