@@ -54,7 +54,7 @@ def test_all_mistakes_are_said_a_line_each(write):
     lines = mistakes(write, "stages: 3\nmodel: 4\nextra: 5\n", "--seed", "-1")
     assert lines == [
         "run.yaml:3: unknown key 'extra'; known here: version, run_dir, seed, model, data, stages, evaluation, logging",
-        "command line: --seed: seed: expected an integer ≥ 0, < 4294967296, got -1",
+        "command line: --seed: expected an integer ≥ 0, < 4294967296, got -1",
         "run.yaml:2: model: expected a section of keys (language_model, audio_encoder, stack_factor, …), got 4",
         "run.yaml:1: stages: expected a list of sections of keys (name, objective, max_steps, …), got 3",
     ]
@@ -228,5 +228,5 @@ def test_the_command_line_prints_each_mistake_on_its_line(write, capsys):
         f"ultravox: error: {path}:2: unknown key 'sed'; did you mean 'seed'?",
         f"  {path}:3: run_dir: expected a text that is not empty, got ''; without the key it is runs/<name of the YAML "
         "file>",
-        "  command line: --logging.samples: logging.samples: expected true or false, got 'maybe'",
+        "  command line: --logging.samples: expected true or false, got 'maybe'",
     ]

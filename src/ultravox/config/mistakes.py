@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from ultravox.config.document import Document, KeyPath, value_in
+from ultravox.config.document import COMMAND_LINE, Document, KeyPath, value_in
 from ultravox.config.section import MISFIT, TruthValue
 from ultravox.config.walk import bare_annotation, default_of, field_at, field_names_at, value_range
 from ultravox.errors import ConfigError
@@ -76,7 +76,7 @@ def _line(detail: Mapping[str, Any], path: KeyPath, document: Document) -> str:
     if kind == "missing" and not isinstance(detail["loc"][-1], int):
         return f"{where}: {_missing(path, document)}"
     name = document.dotted(path)
-    prefix = f"{name}: " if name else ""
+    prefix = f"{name}: " if name and where != f"{COMMAND_LINE}: --{name}" else ""
     if kind == MISFIT:
         keys = [(*path, *_parts(key)) for key in detail["ctx"]["keys"]]
         return f"{document.where_changed(keys, path)}: {prefix}{detail['ctx']['message']}"
