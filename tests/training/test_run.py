@@ -281,12 +281,12 @@ def contents(folder):
 def test_an_earlier_run_is_replaced_only_when_told_so(parts, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"holds a finished run: .*--resume.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"holds a finished run, which --resume trains no further: replace it"):
         run_training(short_config(parts, tmp_path / "run"))
     assert contents(tmp_path / "run") == before
     (tmp_path / "run" / "train.json").unlink()
     shutil.rmtree(tmp_path / "run" / "model")
-    with pytest.raises(ConfigError, match="holds a run with checkpoints"):
+    with pytest.raises(ConfigError, match=r"holds a run with checkpoints: go on with it \(--resume\), replace it"):
         run_training(short_config(parts, tmp_path / "run"))
     assert list_checkpoints(tmp_path / "run", STAGES)
 

@@ -53,10 +53,11 @@ def require_free(run_dir: Path, *, overwrite: bool) -> None:
     if there and not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} holds files but no run: choose another run_dir, or empty it")
     if not overwrite and (any(run_dir.glob("checkpoints/[!.]*")) or (run_dir / "model").is_dir()):
-        what = "a finished run" if (run_dir / "train.json").is_file() else "a run with checkpoints"
-        raise ConfigError(
-            f"{run_dir} holds {what}: go on with it (--resume), replace it (--overwrite), or choose another --run_dir"
-        )
+        if (run_dir / "train.json").is_file():
+            what = "a finished run, which --resume trains no further: "
+        else:
+            what = "a run with checkpoints: go on with it (--resume), "
+        raise ConfigError(f"{run_dir} holds {what}replace it (--overwrite), or choose another --run_dir")
 
 
 def clear(run_dir: Path) -> None:
