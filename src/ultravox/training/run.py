@@ -28,7 +28,7 @@ from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
 from ultravox.training.identity import base_models, deciding_keys
 from ultravox.training.interrupt import StopRequest, stop_on_signals
-from ultravox.training.measure import matmul_flop_rate, memory_bytes, peak_memory_bytes
+from ultravox.training.measure import MatmulRate, MatmulSamples, memory_bytes, peak_memory_bytes
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
@@ -159,7 +159,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     config, stage, run = context.config, context.stage, context.run
     done = next((summary for summary in run.finished if summary["name"] == stage.name), None)
     seed_everything(config.seed, stage.name)
-    flop_rate = matmul_flop_rate() if stage.objective == "tune" and done is None else 0.0
+    matmul = MatmulRate() if stage.objective == "tune" and done is None else None
     task = TASKS[stage.objective](context.model, context.processor, context.data, stage, config.seed)
     if task.left_out and done is None:
         text = (
@@ -194,7 +194,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
 
     def save(state: LoopState) -> None:
         if state.step == stage.max_steps:
-            run.finished.append(_stage_summary(context, task, state, last, flop_rate))
+            run.finished.append(_stage_summary(context, task, state, last, matmul))
             _tell_mixture(stage.name, run.finished[-1]["mixture"])
         content = _checkpoint_content(context, task, state)
         folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
@@ -217,7 +217,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(killed_workers_explained())
-        callbacks = _callbacks(context, state, last, stack)
+        callbacks = [*_callbacks(context, state, last, stack), *([MatmulSamples(matmul)] if matmul else [])]
         run_stage(
             task,
             optimizer,
@@ -311,7 +311,7 @@ def _callbacks(context: _Stage, state: LoopState, last: dict[str, float], stack:
 
 
 def _stage_summary(
-    context: _Stage, task: SpeechTask, state: LoopState, last: dict[str, float], flop_rate: float
+    context: _Stage, task: SpeechTask, state: LoopState, last: dict[str, float], matmul: MatmulRate | None
 ) -> dict[str, Any]:
     """What train.json says about a stage. Rates are over its whole wall time, evaluations and checkpoints included."""
     summary = {
@@ -333,16 +333,8 @@ def _stage_summary(
         "tokens_per_second": state.num_tokens / max(state.seconds, 1e-9),
         **{f"final_{name}": value for name, value in last.items()},
     }
-    if flop_rate:
-        flop_rate = max(flop_rate, matmul_flop_rate())  # before and after the stage, in case one was disturbed
-        # 2 N for the forward pass and 2 N for the gradient of its input; a frozen weight has no gradient of its own.
-        num_parameters = num_matmul_parameters(context.model.language_model)
-        rate = 4 * num_parameters * state.num_tokens / max(state.seconds, 1e-9)
-        summary |= {
-            "num_matmul_parameters": num_parameters,
-            "matmul_flop_rate": flop_rate,
-            "matmul_utilisation": rate / flop_rate,
-        }
+    if matmul is not None:
+        summary |= matmul.shares(num_matmul_parameters(context.model.language_model), state.num_tokens, state.seconds)
     return summary
 
 
