@@ -81,6 +81,9 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
         return cell
 
+    def percent(key: str) -> Callable[[dict[str, Any]], str]:
+        return stage("tune", key, "{:.1f}%", 100)
+
     def asked(kind: str) -> Callable[[dict[str, Any]], str]:
         return lambda run: rate(run.get("answers", {}).get(kind), "share")
 
@@ -104,7 +107,11 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         ("Peak memory of evaluation", lambda run: gigabytes(run.get("evaluation_peak_memory_bytes"))),
         ("Alignment, audio seconds per second", stage("align", "audio_seconds_per_second", "{:.0f}")),
         ("Tuning, tokens per second", stage("tune", "tokens_per_second", "{:.0f}")),
-        ("Tuning, share of the fp32 matmul rate", stage("tune", "matmul_utilisation", "{:.1f}%", 100)),
+        (
+            "Tuning, share of the fp32 matmul rate of the same minutes",
+            stage("tune", "utilisation_of_usual", "{:.1f}%", 100),
+        ),
+        ("Tuning, share of the best fp32 matmul rate", stage("tune", "matmul_utilisation", "{:.1f}%", 100)),
     ]
     first = next(iter(runs.values()))
     words, clips = first["wer"]["num_words"], first["wer"]["n"]
@@ -118,11 +125,22 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         lines += [
             "",
             f"The model's transcripts, those of the controls too, are cut at {limit['extra_tokens']} + "
-            f"{limit['tokens_per_second']:g} tokens a second of audio, which bounds their insertions.",
+            f"{limit['tokens_per_second']:g} tokens a second of audio, which bounds their insertions"
+            f"{repetition(limit)}.",
         ]
     for answers in [run["answers"] for run in runs.values() if run.get("answers", {}).get("share") is not None][:1]:
         lines += ["", f"Answered as the LLM answers the text ({answers['n']} questions): {answers['rule']}"]
     return "\n".join(lines)
+
+
+def repetition(limit: dict[str, Any]) -> str:
+    """What else cuts transcripts, in runs that were measured since it does."""
+    if "min_repeated_tokens" not in limit:
+        return ""
+    return (
+        f", and end where they say the same {limit['min_times']} times in a row, over {limit['min_repeated_tokens']} "
+        f"tokens or more"
+    )
 
 
 def with_table(readme: str, runs: dict[str, dict[str, Any]]) -> str:

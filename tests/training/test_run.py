@@ -83,6 +83,10 @@ def test_what_a_run_leaves_behind(whole):
     assert tune["matmul_utilisation"] == pytest.approx(
         4 * tune["num_matmul_parameters"] * tune["num_tokens"] / tune["seconds"] / tune["matmul_flop_rate"]
     )
+    work = 4 * tune["num_matmul_parameters"] * tune["num_tokens"] / tune["seconds"]
+    assert tune["utilisation_of_usual"] == pytest.approx(work / tune["usual_matmul_flop_rate"])
+    assert tune["usual_matmul_flop_rate"] <= tune["matmul_flop_rate"]
+    assert tune["num_matmul_samples"] == 2  # of ten steps: after the tenth, and at the end
     assert not [path for path in whole.rglob("*") if path.suffix in {".pt", ".bin", ".pkl"}]
     steps = [(stage, step) for stage, step, _ in losses(whole)]
     assert steps == [("align", n) for n in range(1, 8)] + [("tune", n) for n in range(1, 11)]

@@ -28,7 +28,7 @@ from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
 from ultravox.training.identity import base_models, deciding_keys
 from ultravox.training.interrupt import StopRequest, stop_on_signals
-from ultravox.training.measure import matmul_flop_rate, peak_memory_bytes
+from ultravox.training.measure import MatmulRate, MatmulSamples, peak_memory_bytes
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
@@ -156,7 +156,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     config, stage, run = context.config, context.stage, context.run
     done = next((summary for summary in run.finished if summary["name"] == stage.name), None)
     seed_everything(config.seed, stage.name)
-    flop_rate = matmul_flop_rate() if stage.objective == "tune" and done is None else 0.0
+    matmul = MatmulRate() if stage.objective == "tune" and done is None else None
     task = TASKS[stage.objective](context.model, context.processor, context.data, stage, config.seed)
     if task.left_out and done is None:
         text = (
@@ -192,7 +192,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
 
     def save(state: LoopState) -> None:
         if state.step == stage.max_steps:
-            run.finished.append(stage_summary(stage, task, state, last, flop_rate))
+            run.finished.append(stage_summary(stage, task, state, last, matmul))
             tell_mixture(stage.name, run.finished[-1]["mixture"])
         content = _checkpoint_content(context, task, state)
         folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
@@ -215,7 +215,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(killed_workers_explained())
-        callbacks = _callbacks(context, state, last, stack)
+        callbacks = [*_callbacks(context, state, last, stack), *([MatmulSamples(matmul)] if matmul else [])]
         run_stage(
             task,
             optimizer,

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ultravox.config.schema import StageConfig
 from ultravox.data.order import Position
-from ultravox.training.measure import matmul_flop_rate, memory_bytes, peak_memory_bytes
+from ultravox.training.measure import MatmulRate, memory_bytes, peak_memory_bytes
 from ultravox.training.speech import SpeechData
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.trainer import LoopState
@@ -31,7 +31,7 @@ class RunState:
 
 
 def stage_summary(
-    stage: StageConfig, task: SpeechTask, state: LoopState, last: dict[str, float], flop_rate: float
+    stage: StageConfig, task: SpeechTask, state: LoopState, last: dict[str, float], matmul: MatmulRate | None
 ) -> dict[str, Any]:
     """What train.json says about a stage. Rates are over its whole wall time, evaluations and checkpoints included.
 
@@ -40,7 +40,7 @@ def stage_summary(
         task: of the stage.
         state: where it stands.
         last: its last loss and evaluation.
-        flop_rate: of matrix products before it began; 0 = they are not its measure.
+        matmul: rate of matrix products while it ran; None = they are not its measure.
     """
     position = Position(state.epoch, state.window, state.batch)
     summary = {
@@ -62,16 +62,8 @@ def stage_summary(
         "tokens_per_second": state.num_tokens / max(state.seconds, 1e-9),
         **{f"final_{name}": value for name, value in last.items()},
     }
-    if flop_rate:
-        flop_rate = max(flop_rate, matmul_flop_rate())  # before and after the stage, in case one was disturbed
-        # 2 N for the forward pass and 2 N for the gradient of its input; a frozen weight has no gradient of its own.
-        num_parameters = num_matmul_parameters(task.model.language_model)
-        rate = 4 * num_parameters * state.num_tokens / max(state.seconds, 1e-9)
-        summary |= {
-            "num_matmul_parameters": num_parameters,
-            "matmul_flop_rate": flop_rate,
-            "matmul_utilisation": rate / flop_rate,
-        }
+    if matmul is not None:
+        summary |= matmul.shares(num_matmul_parameters(task.model.language_model), state.num_tokens, state.seconds)
     return summary
 
 
