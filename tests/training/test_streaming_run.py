@@ -291,6 +291,17 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(parts, tmp_path):
     assert len({name for rows in samples(run).values() for *_, name in rows}) == CLIPS - 4
 
 
+def test_a_row_that_does_not_fit_its_template_is_named_with_what_did_not(parts, tmp_path):
+    shards = write_shards(parts[1], tmp_path / "tones", tone_002={"text": "bad"})
+    prompt = "{{ 1 // ((text != 'bad') | int) }}"
+    config = stream_config(parts, shards, tmp_path / "run", source={"prompts": [prompt]}).model_dump(mode="json")
+    config["data"]["max_quarantine_share"] = 0.2
+    run = run_training(RunConfig.model_validate(config))
+    ((reason, (name,)),) = json.loads((run / "train.json").read_text())["quarantined_files"].items()
+    assert reason == "with values that do not fit its template"
+    assert name.startswith(f"tone-002 (the template {prompt!r} fails with text = 'bad': integer ")
+
+
 def test_recordings_that_cannot_be_decoded_end_the_run_when_they_are_too_many(parts, shards, tmp_path):
     """In the first epoch, a few rows are judged as if those to come were good; at its end, all are."""
     config = stream_config(parts, shards, tmp_path / "run")

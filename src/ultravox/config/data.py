@@ -40,7 +40,7 @@ class SourceConfig(Section):
         "may have one name"
     )
     format: SourceFormat = Field("auto", description="what kind of source it is; auto = by what is there")
-    split: Name = Field("train", description="split of that dataset")
+    split: Name = Field("train", description="split of that dataset; a single file is one, so leave it out there")
     subset: Name | None = Field(None, description="configuration of a Hugging Face dataset, such as a language")
     revision: Name | None = Field(None, description="commit, tag or branch of a dataset on the hub")
     streaming: bool = Field(
