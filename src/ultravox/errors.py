@@ -1,6 +1,7 @@
 """The errors that users see: one clear line that says what was expected, what came and what to change.
 
-The command line prints them as ``ultravox: error: …`` and exits with code 2; no traceback.
+The command line prints them as ``ultravox: error: …`` and exits with code 2; no traceback. Only the mistakes of one
+configuration are several lines, since all of them are found at once.
 """
 
 
@@ -9,7 +10,11 @@ class UltravoxError(Exception):
 
 
 class ConfigError(UltravoxError):
-    """A run configuration that cannot be read or does not make sense."""
+    """A run configuration that cannot be read or does not make sense: its mistakes, a line each."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("\n  ".join(mistakes))
+        self.mistakes = mistakes
 
 
 class AudioError(UltravoxError):

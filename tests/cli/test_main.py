@@ -96,7 +96,7 @@ def test_config_mistake_names_file_and_line(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG.replace("max_steps: 3", "max_steps: 3, optm: {}"))
     assert cli.main(["train", str(path)]) == 2
-    expected = f"ultravox: error: {path}:2: unknown key 'optm' in stages[0]; did you mean 'optim'?\n"
+    expected = f"ultravox: error: {path}:2: unknown key 'optm' in stages.tune; did you mean 'optim'?\n"
     assert capsys.readouterr().err == expected
 
 

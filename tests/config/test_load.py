@@ -153,17 +153,17 @@ def test_a_stage_with_no_steps_is_left_out(write):
     ("overrides", "message"),
     [
         (["--stages.tun.max_steps", "1"], r"nothing named 'tun' in stages \(align, tune\); did you mean 'tune'\?"),
-        (["--stages.tune.max_stps", "1"], r"unknown key 'max_stps' in stages\[1\]; did you mean 'max_steps'\?"),
+        (["--stages.tune.max_stps", "1"], r"unknown key 'max_stps' in stages\.tune; did you mean 'max_steps'\?"),
         (["--optm.lr", "1"], "unknown key 'optm'"),
         (["--seed"], "--seed lacks its value"),
         (["--seed", "--run_dir", "x"], "--seed lacks its value"),
         (["--seed.x", "1"], "seed is a value"),
         (["seed", "1"], "expected an override"),
-        (["--model.stack_factor", "0"], r"--model.stack_factor: .*should be ≥ 1, got 0"),
+        (["--model.stack_factor", "0"], r"--model.stack_factor: .*expected an integer ≥ 1, ≤ 50, got 0"),
         (["--stages.align.max_steps", "0", "--stages.tune.max_steps", "0"], "every stage has max_steps 0"),
         (["--stages.3.max_steps", "0"], "nothing named '3'"),
         (["--data.speeds", "[1, 1.0]"], "one speed twice"),
-        (["--seed", "[1"], "seed: .*valid integer"),
+        (["--seed", "[1"], r"seed: expected an integer ≥ 0, < 4294967296, got '\[1'"),
         (
             ["--stages.tune.max_steps", "3"],
             r"line: --stages.tune.max_steps: .*--stages.tune.optim.warmup_steps 0",
@@ -181,21 +181,29 @@ def test_wrong_overrides(write, overrides, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("    optim:\n", "    optm:\n", r"run\.yaml:14: unknown key 'optm' in stages\[0\]; did you mean 'optim'\?"),
+        ("    optim:\n", "    optm:\n", r"run\.yaml:14: unknown key 'optm' in stages\.align; did you mean 'optim'\?"),
         ("seed: 7", "sead: 7", r"run\.yaml:2: unknown key 'sead'; did you mean 'seed'\?"),
         ("rank: 16", "rnk: 16", r"run\.yaml:4: unknown key 'rnk' in model.language_model_lora; did you mean 'rank'"),
         ("seed: 7", "seed: 7\nseed: 8", r"run\.yaml:3: key 'seed' was already given in line 2"),
         ("rank: 16", "rank: 16, rank: 8", r"run\.yaml:4: key 'model.language_model_lora.rank' was already given"),
-        ("seed: 7", "seed: -1", r"run\.yaml:2: seed: should be ≥ 0, got -1"),
-        ("seed: 7", "seed: true", r"run\.yaml:2: seed takes no true/false"),
-        ("seed: 7", "seed: many", r"run\.yaml:2: seed: should be a valid integer.*'many'"),
-        ("max_steps: 50", "max_steps: 1.5", r"run\.yaml:18: stages\[1\].max_steps: .*got 1.5"),
-        ("projector: 1e-3", "projector: .nan", r"run\.yaml:15: .*finite"),
+        ("seed: 7", "seed: -1", r"run\.yaml:2: seed: expected an integer ≥ 0, < 4294967296, got -1$"),
+        ("seed: 7", "seed: true", r"run\.yaml:2: seed: expected an integer .*, got true$"),
+        ("seed: 7", "seed: many", r"run\.yaml:2: seed: expected an integer .*, got 'many'$"),
+        ("max_steps: 50", "max_steps: 1.5", r"run\.yaml:18: stages\.tune\.max_steps: .*got 1.5"),
+        (
+            "projector: 1e-3",
+            "projector: .nan",
+            r"run\.yaml:15: stages\.align.*a finite number ≥ 0, ≤ 1, got nan$",
+        ),
         ("projector: 1e-3", "projector: .inf", r"run\.yaml:15: "),
-        ("projector: 1e-3", "projector: 3", r"should be ≤ 1, got 3"),
-        ("warmup_steps: 5", "warmup_steps: 51", r"run\.yaml:\d+: stages\[1\]: .*warmup_steps \(51\) exceeds max_steps"),
-        ("    max_steps: 50\n", "", r"run\.yaml:16: key 'max_steps' is missing in stages\[1\]"),
-        ("objective: tune", "objective: tuna", r"run\.yaml:17: stages\[1\].objective: should be 'align' or 'tune'"),
+        ("projector: 1e-3", "projector: 3", r"expected a number ≥ 0, ≤ 1, got 3$"),
+        ("warmup_steps: 5", "warmup_steps: 51", r"run\.yaml:19: stages\.tune: .*warmup_steps \(51\) exceeds max_"),
+        ("    max_steps: 50\n", "", r"run\.yaml:16: key 'max_steps' is missing in stages\.tune: add it, an int"),
+        (
+            "objective: tune",
+            "objective: tuna",
+            r"run\.yaml:17: .*objective: expected 'align' or 'tune', got 'tuna'; did",
+        ),
         ("name: tune", "name: align", "two stages are named 'align'"),
         ("sources: [asterisk-en]", "sources: [asterisk]", "uses source 'asterisk', but data.sources holds"),
         ("sources: [asterisk-en]", "sources: [spoken-requests-en]", "none of its sources has that task"),
@@ -233,7 +241,7 @@ def test_a_mistake_on_the_command_line_names_it(write, overrides, key):
 def test_of_two_keys_that_do_not_fit_the_childs_is_named(write):
     write(BASE, "base.yaml")
     child = write("extends: base.yaml\nstages:\n  - name: tune\n    max_steps: 2\n", "child.yaml")
-    with pytest.raises(ConfigError, match=r"child\.yaml:4: stages\[1\]: .*warmup_steps \(5\) exceeds"):
+    with pytest.raises(ConfigError, match=r"child\.yaml:4: stages\.tune: .*warmup_steps \(5\) exceeds"):
         load_config(child)
 
 
@@ -245,7 +253,7 @@ def test_a_mistake_in_the_parent_names_the_parent(write):
 
 def test_a_mistake_in_a_merged_stage_names_the_child(write):
     write(BASE, "base.yaml")
-    with pytest.raises(ConfigError, match=r"child\.yaml:3: unknown key 'optm' in stages\[1\]"):
+    with pytest.raises(ConfigError, match=r"child\.yaml:3: unknown key 'optm' in stages\.tune"):
         load_config(write("extends: base.yaml\nstages:\n  - {name: tune, optm: 1}\n", "child.yaml"))
 
 
@@ -262,10 +270,3 @@ def test_missing_empty_and_binary_files(write, tmp_path):
         load_config(tmp_path / "noise.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
-
-
-def test_every_error_is_one_line(write):
-    with pytest.raises(ConfigError) as caught:
-        load_config(write("stages: 3\nmodel: 4\nextra: 5\n"))
-    assert "\n" not in str(caught.value)
-    assert "(and 2 more)" in str(caught.value)

@@ -56,6 +56,8 @@ def test_cuts_are_parts_or_whole_files(mono, tmp_path):
     assert part.audio == AudioSegment(tmp_path / "mono.wav", 1.0, 0.5)
     np.testing.assert_array_equal(load_waveform(part.audio), load_waveform(whole.audio)[16000:24000])
     assert split_names(tmp_path / "cuts.jsonl.gz") == ["cuts"]
+    with pytest.raises(DataError, match="has no split 'test': it is one file, which is the one split 'cuts'"):
+        load_clips(tmp_path / "cuts.jsonl.gz", "test")
 
 
 def test_a_cut_is_of_its_own_channel(recording, tmp_path):

@@ -48,7 +48,7 @@ def test_written_dataset_reads_back(folder: Path) -> None:
 def test_byte_order_mark_crlf_blank_lines_and_missing_duration(folder: Path) -> None:
     no_duration = b'{"id": "b", "audio": "audio/b.flac", "text": "two"}'
     path = rows(folder, b"\xef\xbb\xbf" + A + b"\r", b"", no_duration + b"\r")
-    clips = load_clips(str(path), "whatever")
+    clips = load_clips(str(path), "clips")
     assert [clip.id for clip in clips] == ["a", "b"]
     assert clips[1].duration == 0.5
 

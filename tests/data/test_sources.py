@@ -15,6 +15,7 @@ import soundfile
 from ultravox.audio.content import NO_AUDIO
 from ultravox.audio.segment import AudioSegment
 from ultravox.audio.waveform import load_waveform
+from ultravox.cli.main import main
 from ultravox.data.filters import Filters, total_seconds
 from ultravox.data.manifest import Clip, write_dataset
 from ultravox.data.source import SourceSpec
@@ -59,7 +60,7 @@ def test_every_kind_gives_the_same_clips(folder):
     (folder / "ours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ours))
     (folder / "nemo.json").write_text("".join(json.dumps(row) + "\n" for row in nemo))
     for name in ("ours.jsonl", "nemo.json"):
-        assert plain(load_clips(folder / name, "any")) == EXPECTED
+        assert plain(load_clips(folder / name, name.partition(".")[0])) == EXPECTED
         assert split_names(folder / name) == [name.partition(".")[0]]
         assert describe_source(folder / name) == {}
     assert [clip.id for clip in load_clips(folder / "nemo.json")] == ["a.wav", str(folder / "b.wav")]
@@ -295,7 +296,12 @@ def test_the_fingerprint_is_of_the_content(folder, tmp_path_factory):
         assert load_source(changed).fingerprint != first, change
         assert open_source(changed).fingerprint() != whole, change
     write_rows(folder, {}, {"audio": "b.wav"})
-    for option in ({"filters": Filters(max_seconds=9)}, {"columns": {"x": "text"}}, {"max_clips": 9}, {"split": "x"}):
+    for option in (
+        {"filters": Filters(max_seconds=9)},
+        {"columns": {"x": "text"}},
+        {"max_clips": 9},
+        {"split": "rows"},
+    ):
         assert load_source(SourceSpec(name, **option)).fingerprint != first, option
 
 
@@ -323,6 +329,26 @@ def test_what_a_kind_does_not_know_is_refused(folder):
         open_source(SourceSpec(name, subset="en"))
     with pytest.raises(DataError, match="no format 'csv': expected auto or one of manifest, dataset"):
         open_source(SourceSpec(name, format="csv"))
+
+
+@pytest.mark.parametrize("split", ["heldout", "test"])
+def test_one_file_has_no_other_split(folder, split, capsys):
+    """It would be used whole, the held-out rows with the others; a row's own `split` decides nothing."""
+    name = write_rows(folder, {"split": "train"}, {"split": split})
+    message = f"{name} has no split '{split}': it is one file, which is the one split 'rows', whatever its rows say; "
+    with pytest.raises(DataError) as caught:
+        load_source(SourceSpec(name, split=split))
+    assert str(caught.value).startswith(message)
+    assert [len(load_source(SourceSpec(name, split=own)).clips) for own in ("train", "rows")] == [2, 2]
+    assert main(["data", "inspect", name, "--split", split]) == 2
+    assert capsys.readouterr().err.startswith(f"ultravox: error: {message}")
+
+
+def test_an_evaluation_takes_a_file_for_its_held_out_clips(folder):
+    name = write_rows(folder, {})
+    assert len(load_clips(name, "heldout")) == len(load_clips(name, "rows")) == 1
+    with pytest.raises(DataError, match="has no split 'test': it is one file, which is the one split 'rows'"):
+        load_clips(name, "test")
 
 
 def test_a_prepared_folder_is_read_by_its_own_reader(folder, monkeypatch):

@@ -120,10 +120,10 @@ def test_it_goes_on_from_every_window(mixture, world_size):
     [
         ({"weights": (2, 1)}, r"saved with weights \{'a': 1, 'b': 1\}, now it is \{'a': 2, 'b': 1\}: go on with"),
         ({"keys": "ac"}, "saved with weights"),
-        ({"window": 9}, "saved with window 8, now it is 9"),
-        ({"world_size": 2}, "saved with world size 1, now it is 2"),
+        ({"window": 9}, r"saved with data\.stream_window 8, now it is 9"),
+        ({"world_size": 2}, "saved with number of processes 1, now it is 2"),
         ({"seed": 8}, "saved with seed 7, now it is 8"),
-        ({"filters": Filters(max_seconds=9)}, "saved with fingerprint"),
+        ({"filters": Filters(max_seconds=9)}, "saved with rows or options other than now"),
     ],
 )
 def test_the_state_of_other_streams_is_refused(mixture, change, message):

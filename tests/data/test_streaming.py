@@ -123,11 +123,11 @@ def test_a_killed_process_goes_on_in_the_middle_of_an_epoch(stream, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"world_size": 4}, "saved with world size 2, now it is 4"),
+        ({"world_size": 4}, "saved with number of processes 2, now it is 4"),
         ({"rank": 1}, "saved with rank 0, now it is 1"),
         ({"seed": 8}, "saved with seed 7"),
-        ({"window": 4}, "saved with window 3"),
-        ({"filters": Filters(max_seconds=9)}, "saved with fingerprint"),
+        ({"window": 4}, r"saved with data\.stream_window 3"),
+        ({"filters": Filters(max_seconds=9)}, "saved with rows or options other than now: go on with what it was"),
     ],
 )
 def test_the_state_of_another_stream_is_refused(stream, change, message):
@@ -142,7 +142,7 @@ def test_changed_data_is_another_stream(tmp_path):
         os.utime(file, (0, 0))
     StreamSource(spec, window=2, seed=0).load_state_dict(state)
     write_parquet(tmp_path / "set", 2, 3)
-    with pytest.raises(CheckpointError, match="fingerprint"):
+    with pytest.raises(CheckpointError, match="rows or options other than now"):
         StreamSource(spec, window=2, seed=0).load_state_dict(state)
 
 
@@ -254,7 +254,7 @@ def test_a_prepared_folder_is_streamed(tmp_path):
         after.load_state_dict(before.state_dict())
         assert ids(islice(after, 7 - consumed)) == whole[consumed - 1 :]
     prepare_dataset(folder, {"train": lambda: iter(clips[1:])}, options, overwrite=True)
-    with pytest.raises(CheckpointError, match="saved with fingerprint"):
+    with pytest.raises(CheckpointError, match="saved with rows or options other than now: go on with what it was"):
         StreamSource(spec, window=4, seed=7).load_state_dict(before.state_dict())
 
 

@@ -197,6 +197,15 @@ def test_a_column_that_the_source_has_not_is_an_error_at_load_time():
         PromptTemplate("conversation").require_columns(rows, "calls.jsonl")
     PromptTemplate("transcription", ["in {{ language }}"]).require_columns([row(), *rows], "calls.jsonl")
     PromptTemplate("text").require_columns([row(messages=turns("a", "b"))], "calls.jsonl")
+    for theirs, columns, what in (
+        ("lang", {}, r"a column 'lang' is read as 'language', so write \{\{ language \}\}"),
+        ("transcript", {}, r"a column 'transcript' is read as 'text', so write"),
+        ("audio_filepath", {}, "is read as 'audio', which is heard and which no template can write"),
+        ("tone", {"mood": "tone"}, "a column 'tone' is read as 'mood', so write"),
+        ("lang", {"language": "l"}, "name another, or say with `columns` which is meant"),
+    ):
+        with pytest.raises(DataError, match=f"needs the column '{theirs}', which calls.jsonl has not: .*{what}"):
+            PromptTemplate("transcription", [f"{{{{ {theirs} }}}}"]).require_columns(rows, "calls.jsonl", columns)
     assert columns_of(rows[0]).keys() == {"id", "text", "duration", "language", "mood"}
 
 
@@ -246,6 +255,26 @@ def test_an_expression_that_fails_on_a_row_leaves_the_row_out():
     assert (
         reason(PromptTemplate("text", ["{{ info.name }}"]), row(info={})) == "with values that do not fit its template"
     )
+
+
+def test_a_row_that_does_not_fit_is_called_by_what_did_not(tmp_path):
+    template = PromptTemplate("transcription", ["{{ 60 / score }} of {{ language }}"])
+    with pytest.raises(UnusableRow) as caught:
+        template.messages(row(score=0, language="en", mood="calm"))
+    failure = (
+        "the template '{{ 60 / score }} of {{ language }}' fails with language = 'en', score = 0: division by zero"
+    )
+    assert caught.value.name == f"r7 ({failure})"
+    assert str(caught.value) == f"{failure} in row r7"
+    with pytest.raises(UnusableRow) as caught:
+        PromptTemplate("text", ["{{ info.name }}"]).messages(row(info={"nme": "x" * 99}))
+    assert caught.value.name == (
+        f"r7 (the template '{{{{ info.name }}}}' fails with info = {{'nme': '{'x' * 30}…: "
+        "'dict object' has no attribute 'name')"
+    )
+    with pytest.raises(UnusableRow) as caught:
+        template.messages(row(score=3))
+    assert caught.value.name == "r7"
 
 
 def test_no_row_smuggles_a_recording_in():

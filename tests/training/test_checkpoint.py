@@ -18,10 +18,10 @@ from ultravox.training.checkpoint import (
     load_checkpoint,
     random_state,
     remove_old_checkpoints,
-    require_same,
     restore_random_state,
     save_checkpoint,
 )
+from ultravox.training.resume import require_same, require_same_config, require_same_data
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
 
 
@@ -188,9 +188,47 @@ def test_random_states_survive_json():
 
 def test_other_config_is_refused_with_the_keys(tmp_path):
     saved = {"seed": 0, "stages": [{"name": "a", "max_steps": 10}], "gone": 1}
-    require_same(saved, json.loads(json.dumps(saved)), "the configuration", tmp_path)
+    require_same_config(saved, json.loads(json.dumps(saved)), tmp_path)
     changed = {"seed": 1, "stages": [{"name": "a", "max_steps": 20}], "new": 2}
     with pytest.raises(CheckpointError) as caught:
-        require_same(saved, changed, "the configuration", tmp_path)
-    for part in ["seed was 0, is 1", "stages.0.max_steps was 10, is 20", "gone was 1", "new was '(absent)', is 2"]:
-        assert part in str(caught.value)
+        require_same_config(saved, changed, tmp_path)
+    assert str(caught.value).startswith(
+        f"cannot resume from {tmp_path}: the configuration differs: seed was 0, is 1; stages.a.max_steps was 10, "
+        "is 20; gone was 1, is no longer there; new is 2, was not there; a run cannot be made longer or shorter, "
+    )
+
+
+def test_stages_and_sources_that_differ_are_called_by_name(tmp_path):
+    two = [{"name": "a", "lr": 1}, {"name": "b", "lr": 2}]
+    for saved, changed, said in (
+        (two, two[:1], "stages.b was there, is no longer there"),
+        (two[1:], two, "stages.a is there, was not there"),
+        (two, two[::-1], "stages were in the order a, b, are in the order b, a"),
+        ([two[0], two[0]], [two[0], {"name": "a", "lr": 3}], "stages.1.lr was 1, is 3"),
+        (two, [{"name": "a", "lr": [1]}, two[1]], "stages.a.lr was 1, is [1]"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            require_same_config({"stages": saved}, {"stages": changed}, tmp_path)
+        assert f"the configuration differs: {said}; restore it, or start anew" in str(caught.value)
+
+
+def test_a_model_that_differs_is_not_told_by_whole_hashes(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        require_same({"llm": {"sha256": "ab" * 32}}, {"llm": {"sha256": "cd" * 32}}, "a base model", tmp_path)
+    assert "a base model differs: llm.sha256 was 'abababababab…', is 'cdcdcdcdcdcd…'; restore it" in str(caught.value)
+
+
+def test_data_that_differs_is_told_by_its_clips(tmp_path):
+    state = {"data": {"a": "1", "b": "2", "s": "3", "t": "4"}, "sizes": {"a": 9, "b": 7, "s": 0, "t": 1}}
+    require_same_data(state, state["data"], state["sizes"], tmp_path)
+    now = {"a": "x", "b": "x", "s": "x", "u": "x"}
+    with pytest.raises(CheckpointError) as caught:
+        require_same_data(state, now, {"a": 12, "b": 7, "s": 0, "u": 1}, tmp_path)
+    told = str(caught.value).partition("the training data differs: ")[2].split("; ")
+    assert told[:5] == [
+        "a had 9 clips, has 12",
+        "b has 7 clips as before, but other texts, tokens or audio",
+        "s has other texts, tokens or audio",
+        "t is no longer there",
+        "u was not there",
+    ]

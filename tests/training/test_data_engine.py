@@ -257,6 +257,31 @@ def test_rows_without_words_are_set_aside(parts, tmp_path, wavs):
         run_training(config_of(parts, tmp_path / "unheard", data=data))
 
 
+def test_a_row_that_does_not_fit_its_template_is_named_with_what_did_not(parts, tmp_path, wavs, capsys):
+    rows = [{"id": f"r{n}", "audio": wavs(n), "text": f"one two {n}", "lang": "en", "score": n} for n in range(20)]
+    sources = [source(manifest(tmp_path / "a", rows), "transcription") | {"prompts": ["{{ 60 // score }} words"]}]
+    name = "r0 (the template '{{ 60 // score }} words' fails with score = 0: integer modulo by zero)"
+    name = name.replace("integer modulo", "integer division or modulo")
+    with pytest.raises(DataError) as caught:
+        run_training(config_of(parts, tmp_path / "strict", data={"sources": sources}))
+    assert f"the first is {name}: " in str(caught.value)
+    data = {"sources": sources, "max_quarantine_share": 0.2}
+    run_training(config_of(parts, tmp_path / "run", data=data))
+    assert summary_of(tmp_path / "run")["quarantined_files"] == {"with values that do not fit its template": [name]}
+    assert f"left out 1 with values that do not fit its template ({name})" in capsys.readouterr().err
+
+
+def test_a_column_that_is_read_under_our_name_is_called_by_it(parts, tmp_path, wavs):
+    rows = [{"id": f"r{n}", "audio": wavs(n), "text": f"one two {n}", "lang": "en"} for n in range(20)]
+    given = source(manifest(tmp_path / "a", rows), "transcription")
+    data = {"sources": [given | {"prompts": ["In {{ lang }}"]}]}
+    with pytest.raises(DataError, match=r"a column 'lang' is read as 'language', so write \{\{ language \}\}$"):
+        run_training(config_of(parts, tmp_path / "run", data=data))
+    data = {"sources": [given | {"prompts": ["In {{ language }}"]}]}
+    run_training(config_of(parts, tmp_path / "run", data=data))
+    assert summary_of(tmp_path / "run")["quarantined"] == {}
+
+
 # Mixtures and sources
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import tiny_config
 
+from ultravox.cli.main import main
+from ultravox.config.load import dump_config
 from ultravox.data.cache import FeatureCache
 from ultravox.errors import CheckpointError, ConfigError, DataError, UltravoxError
 from ultravox.model.folder import find_model_folder
@@ -20,6 +23,7 @@ from ultravox.training.align import AlignTask
 from ultravox.training.checkpoint import list_checkpoints
 from ultravox.training.interrupt import TrainingInterrupted
 from ultravox.training.run import run_training
+from ultravox.training.run_folder import lock
 from ultravox.training.tune import TuneTask, num_matmul_parameters
 
 STAGES = ["align", "tune"]
@@ -135,6 +139,7 @@ import torch
 torch.set_num_threads({torch.get_num_threads()})
 from ultravox.config.schema import RunConfig
 from ultravox.training.run import run_training
+from ultravox.training.run_folder import lock
 from ultravox.training.tune import TuneTask
 inner, calls = TuneTask.loss, []
 def loss(self, batch):
@@ -153,13 +158,49 @@ run_training(RunConfig.model_validate_json(open({str(tmp_path / "config.json")!r
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_resuming_a_finished_run_changes_nothing(parts, whole, tmp_path):
+def test_resuming_a_finished_run_changes_nothing_and_says_so(parts, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
-    config = short_config(parts, tmp_path / "run")
-    run_training(config, resume=True)
-    assert_same_run(tmp_path / "run", whole)
-    before, after = (json.loads((folder / "train.json").read_text()) for folder in (whole, tmp_path / "run"))
-    assert after["stages"] == before["stages"]
+    written(tmp_path / "run.yaml", short_config(parts, tmp_path / "run"))
+    before = contents(tmp_path / "run")
+    assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
+    captured = capsys.readouterr()
+    after = contents(tmp_path / "run")
+    assert {path: after[path] for path in before if path.name not in ("config.yaml", ".lock")} == {
+        path: before[path] for path in before if path.name not in ("config.yaml", ".lock")
+    }, "train.json too: the time that looking took is no time of training"
+    run = tmp_path / "run"
+    told = f"{run} is finished (steps: align 7, tune 10); nothing is left to train. To train longer, begin a new run "
+    assert told in captured.err
+    assert f"--run_dir {run}-longer --stages.tune.max_steps 20" in captured.err
+    assert captured.out.splitlines()[0] == f"model  {run / 'model'}"
+    (tmp_path / "run" / "train.json").unlink()  # killed before its last act
+    run_training(short_config(parts, tmp_path / "run"), resume=True)
+    assert (
+        json.loads((tmp_path / "run" / "train.json").read_text())["stages"]
+        == json.loads((whole / "train.json").read_text())["stages"]
+    )
+
+
+def test_a_run_ends_with_what_comes_next(parts, tmp_path, capsys):
+    run = tmp_path / "my run"
+    written(tmp_path / "run.yaml", short_config(parts, run, steps=(1, 1)))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"model  {run / 'model'}",
+        f"next   ultravox evaluate '{run}'",
+        f"       ultravox ask '{run}' --audio FILE",
+    ]
+    written(tmp_path / "run.yaml", short_config(parts, run, steps=(1, 2)))
+    assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 2
+    captured = capsys.readouterr()
+    assert "the configuration differs: stages.tune.max_steps was 1, is 2; " in captured.err
+    assert "a run cannot be made longer or shorter" in captured.err
+    assert captured.out == ""
+
+
+def written(path, config):
+    path.write_text(dump_config(config))
+    return path
 
 
 def test_second_run_encodes_nothing(parts, tmp_path, monkeypatch):
@@ -183,7 +224,7 @@ def test_other_config_data_or_damage_is_refused_before_anything_is_touched(parts
     config = short_config(parts, tmp_path / "run").model_dump(mode="json")
     config["stages"][1]["optim"]["lr"]["projector"] = 0.5
     changed = type(tiny_config(*parts, tmp_path)).model_validate(config)
-    with pytest.raises(CheckpointError, match=r"stages\.1\.optim\.lr\.projector was 0\.003, is 0\.5"):
+    with pytest.raises(CheckpointError, match=r"stages\.tune\.optim\.lr\.projector was 0\.003, is 0\.5; restore it"):
         run_training(changed, resume=True)
     newest = list_checkpoints(tmp_path / "run", STAGES)[-1] / "trainable.safetensors"
     content = bytearray(newest.read_bytes())
@@ -210,7 +251,10 @@ def test_changed_manifest_is_refused(parts, whole, tmp_path):
         info = json.loads(saved["dataset.json"])
         del info["splits"]["train"]["sha256"]
         (parts[1] / "dataset.json").write_text(json.dumps(info))
-        with pytest.raises(CheckpointError, match=r"the training data differs: .*tones/train/transcription"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"the training data differs: .*tones/train/transcription has \d+ clips as b",
+        ):
             run_training(short_config(parts, tmp_path / "run"), resume=True)
     finally:
         for name, content in saved.items():
@@ -241,12 +285,12 @@ def contents(folder):
 def test_an_earlier_run_is_replaced_only_when_told_so(parts, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"holds a finished run: .*--resume.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"holds a finished run, which --resume trains no further: replace it"):
         run_training(short_config(parts, tmp_path / "run"))
     assert contents(tmp_path / "run") == before
     (tmp_path / "run" / "train.json").unlink()
     shutil.rmtree(tmp_path / "run" / "model")
-    with pytest.raises(ConfigError, match="holds a run with checkpoints"):
+    with pytest.raises(ConfigError, match=r"holds a run with checkpoints: go on with it \(--resume\), replace it"):
         run_training(short_config(parts, tmp_path / "run"))
     assert list_checkpoints(tmp_path / "run", STAGES)
 
@@ -370,6 +414,12 @@ def test_two_trainings_in_one_folder(parts, tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UltravoxError, match="another process is training"):
             run_training(short_config(parts, tmp_path / "run"))
+    with ExitStack() as stack:
+        lock(tmp_path / "run", stack)
+        for _ in range(2):
+            with pytest.raises(UltravoxError, match=rf"another process \(pid {os.getpid()}\) is training in .*: wait"):
+                run_training(short_config(parts, tmp_path / "run"))
+    assert (tmp_path / "run" / ".lock").read_bytes() == b""
 
 
 def test_clips_that_ctc_has_no_room_for_are_named(parts, tmp_path, capsys):

@@ -191,7 +191,7 @@ def test_another_dataset_template_or_number_of_processes_is_refused(parts, shard
     data = prepare_stream(config, model, processor, rank=1, world_size=2)
     state = load_checkpoint(list_checkpoints(whole, ["tune"])[-1]).state
     task = TuneTask(model, processor, data, config.stages[0], 1)
-    with pytest.raises(CheckpointError, match="was saved with world size 1, now it is 2: go on with what it was"):
+    with pytest.raises(CheckpointError, match="was saved with number of processes 1, now it is 2: go on"):
         task.go_to(Position(0, state["loop"]["window"], 0), state["stream"])
 
     template = processor.tokenizer.chat_template
@@ -203,7 +203,10 @@ def test_another_dataset_template_or_number_of_processes_is_refused(parts, shard
         pq.read_table(tmp_path / "tones" / "train-00000-of-00004.parquet").slice(1),
         tmp_path / "tones" / "train-00000-of-00004.parquet",
     )
-    with pytest.raises(CheckpointError, match=r"the training data differs: .*tones/train/transcription was"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"the training data differs: .*tones/train/transcription has other texts",
+    ):
         run_training(config, resume=True)
 
 
@@ -286,6 +289,17 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(parts, tmp_path):
     assert files["too long"] == ["tone-003"]
     assert files["with a special token in its text"] == ["tone-002"]
     assert len({name for rows in samples(run).values() for *_, name in rows}) == CLIPS - 4
+
+
+def test_a_row_that_does_not_fit_its_template_is_named_with_what_did_not(parts, tmp_path):
+    shards = write_shards(parts[1], tmp_path / "tones", tone_002={"text": "bad"})
+    prompt = "{{ 1 // ((text != 'bad') | int) }}"
+    config = stream_config(parts, shards, tmp_path / "run", source={"prompts": [prompt]}).model_dump(mode="json")
+    config["data"]["max_quarantine_share"] = 0.2
+    run = run_training(RunConfig.model_validate(config))
+    ((reason, (name,)),) = json.loads((run / "train.json").read_text())["quarantined_files"].items()
+    assert reason == "with values that do not fit its template"
+    assert name.startswith(f"tone-002 (the template {prompt!r} fails with text = 'bad': integer ")
 
 
 def test_recordings_that_cannot_be_decoded_end_the_run_when_they_are_too_many(parts, shards, tmp_path):

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from ultravox import __version__
-from ultravox.errors import UltravoxError
+from ultravox.errors import ConfigError, UltravoxError
 
 COMMANDS = {
     "train": "train a model as a config file says",
@@ -132,7 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error that the user can mend; None for a fault of ours, which deserves its traceback."""
+    """One line for an error that the user can mend; None for a fault of ours, which deserves its traceback.
+
+    A configuration may have several mistakes: the others follow, a line each.
+    """
+    if isinstance(error, ConfigError):
+        return "\n  ".join(" ".join(mistake.split()) for mistake in error.mistakes)
     if isinstance(error, UltravoxError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load the config, then train."""
+    """Load the config, train, and say what comes next."""
     from ultravox.config.load import load_config
 
     config = load_config(args.config, args.overrides)
@@ -35,7 +35,17 @@ def run(args: argparse.Namespace) -> int:
     except TrainingInterrupted as interruption:
         print(f"ultravox: {interruption}", file=sys.stderr)
         return interruption.exit_code
+    _print_next(Path(config.run_dir))
     return 0
+
+
+def _print_next(run_dir: Path) -> None:
+    """Where the model is, and what is done with one."""
+    from shlex import quote
+
+    print(f"model  {run_dir / 'model'}")
+    print(f"next   ultravox evaluate {quote(str(run_dir))}")
+    print(f"       ultravox ask {quote(str(run_dir))} --audio FILE")
 
 
 def epilog() -> str:

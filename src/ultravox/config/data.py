@@ -1,10 +1,10 @@
 """What a run configuration may say about data: sources, tasks, filters, mixture, augmentation, loading."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ultravox.config.section import Name, Section, Share, Speed
+from ultravox.config.section import Name, Section, Share, Speed, misfit
 
 SourceFormat = Literal["auto", "manifest", "audio_folder", "dataset", "prepared", "huggingface", "lhotse"]
 TaskName = Literal[
@@ -40,7 +40,7 @@ class SourceConfig(Section):
         "may have one name"
     )
     format: SourceFormat = Field("auto", description="what kind of source it is; auto = by what is there")
-    split: Name = Field("train", description="split of that dataset")
+    split: Name = Field("train", description="split of that dataset; a single file is one, so leave it out there")
     subset: Name | None = Field(None, description="configuration of a Hugging Face dataset, such as a language")
     revision: Name | None = Field(None, description="commit, tag or branch of a dataset on the hub")
     streaming: bool = Field(
@@ -60,7 +60,7 @@ class SourceConfig(Section):
         "answer to a written question, whether the speaker has finished, what the assistant says in a row's own "
         "messages, or (without audio) a text",
     )
-    prompts: Literal["first", "all"] | list[Name] = Field(
+    prompts: Literal["first", "all"] | Annotated[list[Name], Field(min_length=1)] = Field(
         "first",
         description="the user's words: the task's first phrasing, all of its phrasings in turn, or Jinja templates of "
         "your own over the row's columns",
@@ -132,22 +132,30 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if self.min_audio_seconds >= self.max_audio_seconds:
-            raise ValueError("min_audio_seconds must be less than max_audio_seconds")
+            message = (
+                f"min_audio_seconds ({self.min_audio_seconds:g}) must be less than max_audio_seconds "
+                f"({self.max_audio_seconds:g}); lower the one or raise the other"
+            )
+            raise misfit(message, "min_audio_seconds", "max_audio_seconds")
         if len(set(self.speeds)) != len(self.speeds):
-            raise ValueError(f"speeds holds one speed twice: {self.speeds}")
+            raise misfit(f"speeds holds one speed twice: {self.speeds}; keep one", "speeds")
         keys = [(source.name, source.subset, source.split, source.task) for source in self.sources]
         for key in keys:
             if keys.count(key) > 1:
-                raise ValueError(f"sources holds {key[0]!r} (split {key[2]}, task {key[3]}) twice; use repeat instead")
+                both = [f"sources.{index}" for index, other in enumerate(keys) if other == key]
+                message = f"sources holds {key[0]!r} (split {key[2]}, task {key[3]}) twice; use repeat instead"
+                raise misfit(message, *both[1:])
         weighted = [source.name for source in self.sources if source.weight is not None]
         if weighted and len(weighted) < len(self.sources):
-            without = next(source.name for source in self.sources if source.weight is None)
-            raise ValueError(f"{weighted[0]!r} has a weight and {without!r} has none: give all sources one, or none")
-        for source in self.sources:
+            index, other = next((i, s.name) for i, s in enumerate(self.sources) if s.weight is None)
+            message = f"{weighted[0]!r} has a weight and {other!r} has none: give all sources one, or none"
+            raise misfit(message, f"sources.{index}")
+        for index, source in enumerate(self.sources):
             if source.repeat is not None and (source.weight is not None or self.temperature is not None):
-                raise ValueError(f"source {source.name!r} has repeat beside weights or a temperature; choose one way")
+                message = f"source {source.name!r} has repeat beside weights or a temperature; choose one way"
+                raise misfit(message, f"sources.{index}.repeat", "temperature")
         if weighted and self.temperature is not None:
-            raise ValueError("sources have weights and data has a temperature; choose one way")
+            raise misfit("sources have weights and data has a temperature; choose one way", "temperature", "sources")
         self._check_streams()
         return self
 
@@ -155,20 +163,21 @@ class DataConfig(Section):
         """All sources are streams, or none; and a stream is asked for nothing that takes a total."""
         streams = [source for source in self.sources if source.streaming]
         if streams and len(streams) < len(self.sources):
-            other = next(source for source in self.sources if not source.streaming)
-            raise ValueError(
-                f"{streams[0].name!r} is streamed and {other.name!r} is not: set streaming: true on all sources (a "
-                "folder of `ultravox data prepare` can be streamed too), or on none"
+            index, other = next((i, s.name) for i, s in enumerate(self.sources) if not s.streaming)
+            raise misfit(
+                f"{streams[0].name!r} is streamed and {other!r} is not: set streaming: true on all sources (a "
+                "folder of `ultravox data prepare` can be streamed too), or on none",
+                f"sources.{index}",
             )
         if streams and self.temperature is not None:
-            raise ValueError("temperature weighs sources by their sizes, and a stream has none: give sources weights")
-        for source in streams:
+            message = "temperature weighs sources by their sizes, and a stream has none: give sources weights"
+            raise misfit(message, "temperature")
+        for index, source in enumerate(self.sources if streams else []):
             for name in ("repeat", "max_clips", "max_hours"):
                 if getattr(source, name) is not None:
                     instead = "; give sources weights" if name == "repeat" and len(streams) > 1 else ""
-                    raise ValueError(
-                        f"{source.name!r} is streamed, each clip once in an epoch: leave out {name}{instead}"
-                    )
+                    message = f"{source.name!r} is streamed, each clip once in an epoch: leave out {name}{instead}"
+                    raise misfit(message, f"sources.{index}.{name}")
 
     @property
     def streaming(self) -> bool:
@@ -194,9 +203,10 @@ class WaveformAugmentConfig(Section):
         for name in ("noise_snr_db", "reverb_seconds"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(f"{name} must be [least, most], got [{low:g}, {high:g}]")
+                raise misfit(f"{name} must be [least, most], got [{low:g}, {high:g}]; swap them", name)
         if self.reverb_seconds[0] <= 0:
-            raise ValueError(f"reverb_seconds must be above 0, got {self.reverb_seconds[0]:g}")
+            message = f"reverb_seconds must be above 0, got {self.reverb_seconds[0]:g}; raise the least"
+            raise misfit(message, "reverb_seconds")
         return self
 
     @property

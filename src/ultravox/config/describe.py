@@ -12,13 +12,16 @@ INTRODUCTION = """\
 A run is one YAML file: `ultravox train configs/quickstart.yaml`.
 
 - `extends: other.yaml`, relative to the file, names one parent. Sections are merged key by key, `stages` by the stage's
-  name; any other list is replaced. `run_dir` is not inherited.
+  name; any other list is replaced. `run_dir` is not inherited. `max_steps: 0` leaves an inherited stage out; it need
+  not fit the data then.
 - Any key can be overridden on the command line, stages and sources by name or by index:
   `ultravox train configs/quickstart.yaml --stages.tune.max_steps 10 --seed 1`. Values are read as YAML
   (`--data.speeds "[0.9, 1.0]"`).
-- Unknown keys, keys given twice and values out of range are refused, with file and line.
+- Unknown keys, keys given twice and values out of range are refused, all at once, each with its file and line. Of two
+  that do not go together, the line of the refining file is named, or the option of the command line.
 - Paths of models and datasets are relative to the working directory.
-- The run's folder keeps the resolved file, `config.yaml`, and every checkpoint a copy.
+- The run's folder keeps the resolved file, `config.yaml`, and every checkpoint a copy. Of the checkpoints, the two
+  newest are kept.
 """
 
 

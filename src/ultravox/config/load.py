@@ -1,23 +1,22 @@
 """From a YAML file and command-line overrides to a checked RunConfig, with errors that name file and line."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from ultravox.config.document import COMMAND_LINE, Document, KeyPath, dotted
+from ultravox.config.mistakes import explain, hint, unknown_key
 from ultravox.config.schema import RunConfig
 from ultravox.config.walk import KeyInfo, describe_keys, field_names_at
 from ultravox.errors import ConfigError
 
 __all__ = ["KeyInfo", "describe_keys", "dump_config", "load_config", "parse_config"]
-
-KeyPath = tuple[str | int, ...]
-COMMAND_LINE = "command line"
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,20 +39,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-@dataclass
-class _Document:
-    """Raw keys and where each came from ("file:line" or the command line)."""
-
-    data: dict[str, Any]
-    origin: dict[KeyPath, str] = field(default_factory=dict)
-
-    def where(self, path: KeyPath) -> str:
-        """The nearest known origin of a key, its own or its section's."""
-        while path and path not in self.origin:
-            path = path[:-1]
-        return self.origin.get(path, "config")
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run configuration.
 
@@ -66,11 +51,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     document = _read_with_parents(path, ())
-    if ("run_dir",) not in document.origin or not document.origin["run_dir",].startswith(f"{path}:"):
+    own = f"{document.files[0]}:"
+    if not document.origin.get(("run_dir",), "").startswith(own):
         # never inherited: a refined run must not write into its parent's folder
         document.data["run_dir"] = f"runs/{path.stem}"
     _apply_overrides(document, overrides)
-    return _validate(document, str(path))
+    return _validate(document)
 
 
 def parse_config(text: str, name: str = "config") -> RunConfig:
@@ -86,37 +72,46 @@ def dump_config(config: RunConfig) -> str:
 # Reading
 
 
-def _read_with_parents(path: Path, children: tuple[Path, ...]) -> _Document:
-    resolved = path.resolve()
+def _read_with_parents(path: Path, children: tuple[Path, ...], extended_in: str = "") -> Document:
+    resolved, shown = path.resolve(), shown_path(path)
+    here = f"{extended_in}: extends: " if extended_in else ""
     if resolved in children:
         chain = " → ".join(p.name for p in (*children, resolved))
-        raise ConfigError(f"{path}: 'extends' goes in a circle ({chain}); remove one of them")
+        raise ConfigError(f"{shown}: 'extends' goes in a circle ({chain}); remove one of them")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file{_suggest_file(path)}") from None
+        raise ConfigError(f"{here}{shown}: no such config file{_suggest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a text file ({error})") from None
-    document = _parse(text, str(path))
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{here}{shown}: cannot be read as a text file ({reason})") from None
+    document = _parse(text, shown)
     parent = document.data.pop("extends", None)
     if parent is None:
         return document
     if not isinstance(parent, str):
         raise ConfigError(f"{document.where(('extends',))}: 'extends' takes one file name, got {parent!r}")
-    return _merge(_read_with_parents(path.parent / parent, (*children, resolved)), document)
+    place = document.where(("extends",))
+    return _merge(_read_with_parents(path.parent / parent, (*children, resolved), place), document)
+
+
+def shown_path(path: Path) -> str:
+    """A path without detours (`configs/../own.yaml` is `own.yaml`), as long as that is the same file."""
+    short = Path(os.path.normpath(path))
+    return str(short if short.resolve() == path.resolve() else path.resolve())
 
 
 def _suggest_file(path: Path) -> str:
     here = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, here, n=1) or difflib.get_close_matches(f"{path.name}.yaml", here, n=1)
-    return f"; did you mean {str(path.with_name(close[0]))!r}?" if close else ""
+    return f"; did you mean {shown_path(path.with_name(close[0]))!r}?" if close else ""
 
 
-def _parse(text: str, name: str) -> _Document:
+def _parse(text: str, name: str) -> Document:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        document = _Document({})
+        document = Document({}, files=[name])
         if node is None:
             return document
         data = _construct(loader, node, (), document.origin, name, ())
@@ -150,7 +145,7 @@ def _construct(
                 raise ConfigError(f"{place}: a key must be a word, got {key!r}")
             if key in mapping:
                 first = origin[*path, key].rpartition(":")[2]
-                raise ConfigError(f"{place}: key '{_dotted((*path, key))}' was already given in line {first}; keep one")
+                raise ConfigError(f"{place}: key '{dotted((*path, key))}' was already given in line {first}; keep one")
             origin[*path, key] = place
             mapping[key] = _construct(loader, value_node, (*path, key), origin, name, inside)
         return mapping
@@ -164,8 +159,8 @@ def _construct(
 # Merging
 
 
-def _merge(parent: _Document, child: _Document) -> _Document:
-    merged = _Document({}, dict(parent.origin))
+def _merge(parent: Document, child: Document) -> Document:
+    merged = Document({}, dict(parent.origin), [*child.files, *parent.files])
     merged.data = _merge_values(parent.data, child.data, (), (), child.origin, merged.origin)
     return merged
 
@@ -176,6 +171,7 @@ def _merge_values(
     """Mappings merge key by key, `stages` by stage name, anything else is replaced."""
     if isinstance(old, dict) and isinstance(new, dict):
         result = dict(old)
+        origin[path] = new_origin[new_path]
         for key, value in new.items():
             if key in old:
                 result[key] = _merge_values(old[key], value, (*path, key), (*new_path, key), new_origin, origin)
@@ -217,7 +213,7 @@ def _move_origins(source: KeyPath, target: KeyPath, new: dict[KeyPath, str], ori
 # Overrides
 
 
-def _apply_overrides(document: _Document, overrides: Sequence[str]) -> None:
+def _apply_overrides(document: Document, overrides: Sequence[str]) -> None:
     queue = list(overrides)
     while queue:
         word = queue.pop(0)
@@ -239,10 +235,10 @@ def _apply_overrides(document: _Document, overrides: Sequence[str]) -> None:
 def _check_first_word(key: str) -> None:
     first, names = key.replace("-", "_").split(".")[0], field_names_at(()) or []
     if first not in names:  # said before "lacks its value": --resum is a misspelt option rather than half an override
-        _raise_unknown(COMMAND_LINE, first, (), names)
+        raise ConfigError(unknown_key(COMMAND_LINE, first, "", names))
 
 
-def _set(document: _Document, key: str, value: Any) -> None:
+def _set(document: Document, key: str, value: Any) -> None:
     parts = key.split(".")
     here: Any = document.data
     path: KeyPath = ()
@@ -256,9 +252,9 @@ def _set(document: _Document, key: str, value: Any) -> None:
             step, exists = part, part in here
             names = field_names_at(path)
             if names is not None and part not in names:
-                _raise_unknown(COMMAND_LINE, part, path, names)
+                raise ConfigError(unknown_key(COMMAND_LINE, part, document.dotted(path), names))
         else:
-            raise ConfigError(f"{COMMAND_LINE}: --{key}: {_dotted(path)} is a value ({here!r}), not a section")
+            raise ConfigError(f"{COMMAND_LINE}: --{key}: {document.dotted(path)} is a value ({here!r}), not a section")
         path = (*path, step)
         if last:
             here[step] = value
@@ -279,74 +275,14 @@ def _find_in_list(items: list[Any], part: str, path: KeyPath) -> int:
         return int(part)
     known = [name for name in names if isinstance(name, str)]
     holds = ", ".join(known) or f"{len(items)} items"
-    raise ConfigError(f"{COMMAND_LINE}: nothing named {part!r} in {_dotted(path)} ({holds}){_hint(part, known)}")
+    raise ConfigError(f"{COMMAND_LINE}: nothing named {part!r} in {dotted(path)} ({holds}){hint(part, known)}")
 
 
 # Checking
 
 
-def _validate(document: _Document, file: str = "") -> RunConfig:
+def _validate(document: Document) -> RunConfig:
     try:
         return RunConfig.model_validate(document.data)
     except ValidationError as error:
-        details = error.errors(include_url=False)
-    # an unknown key explains the missing one beside it, so it goes first
-    details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-    first = details[0]
-    path: KeyPath = tuple(first["loc"])
-    where = document.where(path)
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        _raise_unknown(where, str(path[-1]), path[:-1], field_names_at(path[:-1]) or [], more)
-    if first["type"] == "missing":
-        place = f" in {_dotted(path[:-1])}" if path[:-1] else ""
-        raise ConfigError(f"{where}: key '{path[-1]}' is missing{place}{more}")
-    message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-    if first["type"] == "value_error":
-        where = document.where(_blamed(document, path, message, file))
-    message = (
-        message.replace("greater than or equal to", "be ≥")
-        .replace("less than or equal to", "be ≤")
-        .replace("be be", "be")
-    )
-    given = "" if first["type"] == "value_error" else f", got {_short(first['input'])}"
-    raise ConfigError(f"{where}: {_dotted(path) + ': ' if path else ''}{message}{given}{more}")
-
-
-def _blamed(document: _Document, section: KeyPath, message: str, file: str) -> KeyPath:
-    """Of the keys that a section's error names, one from the command line, else from the run's own file, else any."""
-    said = set(re.findall(r"[\w.]+", re.sub(r"'[^']*'", "", message)))
-    hinted = {part for word in re.findall(r"[\w.]+", message) for part in word.split(".")}
-    named: list[KeyPath] = []
-    for key, place in document.origin.items():
-        inside = key[len(section) :]
-        if key[: len(section)] != section or not inside:
-            continue
-        if place.startswith(COMMAND_LINE) and hinted & set(map(str, inside)):
-            return key
-        if _dotted(inside) in said and (section or message.startswith(f"{_dotted(inside)} ")):
-            named.append(key)
-    own = [key for key in named if document.origin[key].startswith(f"{file}:")]
-    return next(iter(own or named), section)
-
-
-def _raise_unknown(where: str, key: str, section: KeyPath, names: list[str], more: str = "") -> None:
-    place = f" in {_dotted(section)}" if section else ""
-    raise ConfigError(f"{where}: unknown key '{key}'{place}{_hint(key, names)}{more}")
-
-
-def _hint(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(known)}" if known else ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _dotted(path: KeyPath) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
+        raise explain(error.errors(include_url=False), document) from None

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ultravox.config.data import AugmentConfig, DataConfig
-from ultravox.config.section import Beta, Name, Rate, Section, Share
+from ultravox.config.section import Beta, Name, Rate, Section, Share, misfit
 
 
 class LoraConfig(Section):
@@ -67,7 +67,8 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_way_to_train_the_encoder(self) -> "ModelConfig":
         if self.train_audio_encoder and self.audio_encoder_lora.rank:
-            raise ValueError("train_audio_encoder: true and audio_encoder_lora.rank > 0 exclude each other; drop one")
+            message = "train_audio_encoder: true and audio_encoder_lora.rank > 0 exclude each other; drop one"
+            raise misfit(message, "train_audio_encoder", "audio_encoder_lora.rank")
         return self
 
 
@@ -144,19 +145,27 @@ class StageConfig(Section):
     tune: TuneOptions = Field(default_factory=TuneOptions, description="options of the objective `tune`")
     log_every: int = Field(10, ge=1, description="steps between two lines of the log")
     evaluate_every: int = Field(0, ge=0, description="steps between two looks at the word error rate; 0 = at the end")
-    checkpoint_every: int = Field(0, ge=0, description="steps between two checkpoints; 0 = at the end of the stage")
+    checkpoint_every: int = Field(
+        0, ge=0, description="steps between two checkpoints; 0 = at the end of the stage. A run keeps its two newest"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
         for name, defaults in (("align", AlignOptions()), ("tune", TuneOptions())):
             if self.objective != name and getattr(self, name) != defaults:
-                raise ValueError(f"options under {name!r} have no effect in a stage with objective {self.objective!r}")
+                message = (
+                    f"options under {name!r} have no effect in a stage with objective {self.objective!r}; drop them"
+                )
+                raise misfit(message, name, "objective")
         if self.objective != "tune" and self.packing == "on":
-            raise ValueError(f"packing: on has no effect in a stage with objective {self.objective!r}")
+            message = f"packing: on has no effect in a stage with objective {self.objective!r}; drop it"
+            raise misfit(message, "packing", "objective")
         if self.max_steps and self.optim.warmup_steps > self.max_steps:
-            raise ValueError(
+            raise misfit(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) exceeds max_steps ({self.max_steps}); lower it too, "
-                f"such as --stages.{self.name}.optim.warmup_steps {self.max_steps // 10}"
+                f"such as --stages.{self.name}.optim.warmup_steps {self.max_steps // 10}",
+                "optim.warmup_steps",
+                "max_steps",
             )
         return self
 
@@ -202,24 +211,42 @@ class RunConfig(Section):
         names = [stage.name for stage in self.stages]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two stages are named {name!r}")
-        known = [source.name for source in self.data.sources]
-        for stage in self.stages:
-            for source in stage.sources or []:
-                if source not in known:
-                    raise ValueError(
-                        f"stage {stage.name!r} uses source {source!r}, but data.sources holds {', '.join(known)}"
-                    )
-            tasks = {s.task for s in self.data.sources if stage.sources is None or s.name in stage.sources}
-            if stage.objective == "align" and "transcription" not in tasks:
-                raise ValueError(f"stage {stage.name!r} aligns to transcripts, but none of its sources has that task")
+                both = [f"stages.{index}.name" for index, other in enumerate(names) if other == name]
+                raise misfit(f"two stages are named {name!r}; rename one", *both)
+        for index, stage in enumerate(self.stages):
+            if stage.max_steps:  # one that is left out need not fit: another file may have brought it in
+                self._check_stage(stage, f"stages.{index}")
+        steps = [f"stages.{index}.max_steps" for index in range(len(names))]
         self.stages = [stage for stage in self.stages if stage.max_steps > 0]
         if not self.stages:
-            raise ValueError("every stage has max_steps 0; at least one must train")
-        for stage in self.stages if self.data.streaming else []:
-            if stage.max_batch_memory_gb is not None:
-                raise ValueError(
-                    f"stage {stage.name!r}: max_batch_memory_gb needs all lengths before it begins, and a stream is "
-                    "never read as a whole: leave it out, and choose max_batch_tokens"
-                )
+            raise misfit("every stage has max_steps 0; at least one must train", *steps)
         return self
+
+    def _check_stage(self, stage: StageConfig, key: str) -> None:
+        """A stage that trains fits the data."""
+        known = [source.name for source in self.data.sources]
+        instead = "max_steps: 0 leaves the stage out"
+        for source in stage.sources or []:
+            if source not in known:
+                raise misfit(
+                    f"stage {stage.name!r} uses source {source!r}, but data.sources holds {', '.join(known)}: name "
+                    f"one of these in its sources ({instead})",
+                    f"{key}.sources",
+                    "data.sources",
+                )
+        tasks = {s.task for s in self.data.sources if stage.sources is None or s.name in stage.sources}
+        if stage.objective == "align" and "transcription" not in tasks:
+            raise misfit(
+                f"stage {stage.name!r} aligns to transcripts, but none of its sources has that task: give it one with "
+                f"task: transcription ({instead})",
+                f"{key}.sources",
+                "data.sources",
+                f"{key}.objective",
+            )
+        if self.data.streaming and stage.max_batch_memory_gb is not None:
+            raise misfit(
+                f"stage {stage.name!r}: max_batch_memory_gb needs all lengths before it begins, and a stream is "
+                "never read as a whole: leave it out, and choose max_batch_tokens",
+                f"{key}.max_batch_memory_gb",
+                "data.sources",
+            )

@@ -40,6 +40,47 @@ def field_names_at(path: Sequence[str | int], model: type[BaseModel] = RunConfig
     return None if section is None else list(section.model_fields)
 
 
+def field_at(path: Sequence[str | int], model: type[BaseModel] = RunConfig) -> tuple[Any, Sequence[Any]] | None:
+    """The type of the value at ``path`` (("data", "speeds", 0)) and its limits, or None where the schema has none."""
+    found: tuple[Any, Sequence[Any]] | None = (model, ())
+    for part in path:
+        found = None if found is None else _inside(found[0], part)
+    return found
+
+
+def _inside(annotation: Any, part: str | int) -> tuple[Any, Sequence[Any]] | None:
+    annotation, _ = bare_annotation(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return next((found for one in arguments if (found := _inside(one, part)) is not None), None)
+    if isinstance(part, int):
+        place = part if origin is tuple else 0
+        return (arguments[place], ()) if origin in (list, tuple) and place < len(arguments) else None
+    if origin is dict:
+        return arguments[1], ()
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields:
+        info = annotation.model_fields[part]
+        return info.annotation, info.metadata
+    return None
+
+
+def default_of(path: Sequence[str | int]) -> str | None:
+    """The default of a key as YAML, or None where there is none."""
+    section = (field_at(path[:-1]) or (None,))[0] if path else None
+    if not (isinstance(section, type) and issubclass(section, BaseModel) and path[-1] in section.model_fields):
+        return None
+    default = _default(section.model_fields[str(path[-1])])
+    return None if default == "required" else default
+
+
+def bare_annotation(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[Any, list[Any]]:
+    """A type without its ``Annotated``, and the limits that stood there beside those already known."""
+    if not hasattr(annotation, "__metadata__"):
+        return annotation, list(metadata)
+    inner = [limit for part in annotation.__metadata__ for limit in getattr(part, "metadata", [part])]
+    return annotation.__origin__, [*inner, *metadata]
+
+
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class that a field holds: itself, or the item of its list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -101,15 +142,16 @@ def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is tuple:
         return f"{len(get_args(annotation))} × {_type_name(get_args(annotation)[0])}"
     if hasattr(annotation, "__metadata__"):  # Annotated
-        inner = [constraint for part in annotation.__metadata__ for constraint in getattr(part, "metadata", [part])]
-        return _type_name(annotation.__origin__, inner)
+        return _type_name(*bare_annotation(annotation))
     if annotation is type(None):
         return "null"
     name = {int: "integer", float: "number", str: "text", bool: "true or false"}.get(annotation, str(annotation))
-    return f"{name}{_range(metadata)}" if annotation in (int, float) else name
+    return f"{name}{value_range(metadata)}" if annotation in (int, float) else name
 
 
-def _range(metadata: Sequence[Any]) -> str:
+def value_range(metadata: Sequence[Any]) -> str:
+    """The limits of a number, after a space: " ≥ 0, < 1"; nothing where there are none."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     parts = [f"{sign} {getattr(item, key)}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
+    parts += [f"a multiple of {item.multiple_of}" for item in metadata if hasattr(item, "multiple_of")]
     return f" {', '.join(parts)}" if parts else ""

@@ -72,6 +72,13 @@ class Columns:
             raise _unknown(place, name, self.mapping[name], list(row))
 
 
+def read_as(theirs: str, mapping: Mapping[str, str]) -> str | None:
+    """The name of ours that a column of a source is read under, where that is another one."""
+    mapped = next((ours for ours, named in mapping.items() if named == theirs and ours != theirs), None)
+    usual = (ours for ours, names in USUAL.items() if theirs in names and ours != theirs and ours not in mapping)
+    return mapped or next(usual, None)
+
+
 def has(row: Mapping[str, Any], name: str) -> bool:
     """Whether a row has a column, or a value at a name with dots."""
     if name in row:

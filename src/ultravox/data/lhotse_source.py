@@ -67,6 +67,7 @@ class LhotseSource(Source):
     def rows(self) -> Iterator[Row]:
         found = lhotse_splits(self.spec.path)
         if self.spec.path.is_file():
+            self.require_file()
             place = self.spec.path
         elif self.spec.split in self.splits():
             place = found[self.spec.split]

@@ -19,6 +19,7 @@ from ultravox.data.clip import Clip, RowFault
 from ultravox.data.columns import Columns
 from ultravox.data.filters import Filters
 from ultravox.data.quarantine import ID_TWICE
+from ultravox.errors import DataError
 
 Row = tuple[str, Clip | RowFault]
 """The place of a row, for messages, and its clip, or why it has none."""
@@ -33,6 +34,8 @@ class SourceSpec:
     format: str = "auto"
     """A kind of `sources.KINDS`, or auto = by what is there."""
     split: str = "train"
+    unnamed_splits: tuple[str, ...] = ("train",)
+    """What `split` is where nobody named one: a file that is one split takes it for its own."""
     subset: str | None = None
     """Configuration of a Hugging Face dataset."""
     revision: str | None = None
@@ -83,6 +86,15 @@ class Source(ABC):
     @abstractmethod
     def splits(self) -> list[str]:
         """Every split of the dataset. DataError where there is no such dataset."""
+
+    def require_file(self) -> None:
+        """Raise a DataError when the source is one file, and the split that is asked for is another one."""
+        (mine,) = self.splits()
+        if self.spec.split not in (mine, *self.spec.unnamed_splits):
+            raise DataError(
+                f"{self.name} has no split {self.spec.split!r}: it is one file, which is the one split {mine!r}, "
+                "whatever its rows say; leave split out, or write a file for each split"
+            )
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:

@@ -52,11 +52,12 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class ManifestSource(Source):
-    """One manifest file, ours or NeMo's: one split, whatever it is called."""
+    """One manifest file, ours or NeMo's: one split, called as the file."""
 
     def __init__(self, spec: SourceSpec) -> None:
         super().__init__(spec)
         self.root = spec.path.parent
+        self.require_file()
 
     def splits(self) -> list[str]:
         return [self.spec.path.stem]
@@ -289,12 +290,13 @@ def require_not_shrunk(spec: SourceSpec, before: int, now: int) -> None:
 
 
 def load_clips(source: str | Path, split: str = "train", *, format: str = "auto") -> list[Clip]:
-    """Every clip of one split of a source; a manifest file is one split, whatever it is called.
+    """Every clip of one split of a source; a manifest file is one split, for training or held out or as it is called.
 
     Raises:
         DataError: at the first row that cannot be used, with its file and line; or there are no rows.
     """
-    return read_all(open_source(SourceSpec(str(source), format, split)), strict=True)[0]
+    spec = SourceSpec(str(source), format, split, unnamed_splits=("train", "heldout"))
+    return read_all(open_source(spec), strict=True)[0]
 
 
 def read_all(source: Source, most: int | None = None, *, strict: bool = False) -> tuple[list[Clip], list[RowFault]]:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from ultravox.data.quarantine import ID_TWICE, Quarantine
-from ultravox.data.streaming import ROWS_TO_JUDGE, STATE_VERSION, StreamSource, Window
+from ultravox.data.streaming import IN_WORDS, ROWS_TO_JUDGE, STATE_VERSION, StreamSource, Window
 from ultravox.errors import CheckpointError, DataError
 
 
@@ -138,8 +138,9 @@ class StreamMixture:
         """
         for key, now in self._identity().items():
             if state.get(key) != now:
+                what = IN_WORDS.get(key, key)
                 raise CheckpointError(
-                    f"the place in the streams was saved with {key} {state.get(key)!r}, now it is {now!r}: go on with "
+                    f"the place in the streams was saved with {what} {state.get(key)!r}, now it is {now!r}: go on with "
                     "what it was, or begin a new run"
                 )
         for key, stream in zip(self._keys, self._streams, strict=True):

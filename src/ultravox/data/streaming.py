@@ -20,6 +20,13 @@ from ultravox.data.sources import open_source, usable_reason
 from ultravox.errors import CheckpointError, DataError
 
 STATE_VERSION = 1
+#: What a place depends on, as a configuration calls it.
+IN_WORDS = {
+    "version": "format version",
+    "world_size": "number of processes",
+    "window": "data.stream_window",
+    "fingerprint": "rows or options",
+}
 ROWS_TO_JUDGE = 1000  # of fewer rows, one bad one may be more than its share: it is judged as if the others were good
 
 
@@ -224,10 +231,12 @@ class StreamSource:
         """
         for key, now in {"version": STATE_VERSION, **self._identity()}.items():
             if state.get(key) != now:
-                what = key.replace("_", " ")
+                before = state.get(key)
+                what = IN_WORDS.get(key, key)
+                how = f"{before!r}, now it is {now!r}" if key != "fingerprint" else "other than now"
                 raise CheckpointError(
-                    f"the place in the stream {self.spec.name} was saved with {what} {state.get(key)!r}, now it is "
-                    f"{now!r}: go on with what it was, or begin a new run"
+                    f"the place in the stream {self.spec.name} was saved with {what} {how}: go on with what it was, or "
+                    "begin a new run"
                 )
         self._go_to((int(state["epoch"]), int(state["shard"]), int(state["row"])))
 

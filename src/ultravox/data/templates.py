@@ -12,6 +12,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefine
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from ultravox.audio.content import NO_AUDIO, Audio
+from ultravox.data.columns import read_as
 from ultravox.data.manifest import Clip
 from ultravox.data.prompts import Message, user_message
 from ultravox.data.tasks import TASKS, Task
@@ -39,6 +40,11 @@ class UnusableRow(DataError):
         self.reason, self.row_id, self.detail, self.row = reason, row_id, detail, row
         where = f"row {row_id}" if row is None else f"row {row} (id {row_id})"
         super().__init__(f"{detail} in {where}" if detail else f"{where} is {reason}")
+
+    @property
+    def name(self) -> str:
+        """What it is called among the rows that are left out: by its id, and by what did not fit where each differs."""
+        return f"{self.row_id} ({self.detail})" if self.reason == UNFIT else self.row_id
 
     def __reduce__(self) -> tuple[Any, ...]:  # it may come from one of the loader's processes
         return type(self), (self.reason, self.row_id, self.detail, self.row)
@@ -117,8 +123,11 @@ class PromptTemplate:
             return frozenset({"messages"})
         return frozenset().union(*(template.needs for template in [*self._prompts, self._response]))
 
-    def require_columns(self, clips: Iterable[Clip], source: str) -> None:
-        """Raise a DataError when a template names a column that no row of the source has: a typing error, mostly."""
+    def require_columns(self, clips: Iterable[Clip], source: str, columns: Mapping[str, str] | None = None) -> None:
+        """Raise a DataError when a template names a column that no row of the source has: a typing error, mostly.
+
+        `columns` says which columns of the source were read under which names of ours.
+        """
         there = set[str]()
         for clip in clips:
             there.update(columns_of(clip))
@@ -129,9 +138,15 @@ class PromptTemplate:
         column = min(self.columns_needed - there)
         templates = [template.source for template in [*self._prompts, self._response] if column in template.needs]
         who = f"the template {templates[0]!r} of the task {self.name!r}" if templates else f"the task {self.name!r}"
+        ours = read_as(column, columns or {})
+        if ours is None:
+            what = "name another, or say with `columns` which is meant"
+        elif ours in ("audio", "offset"):
+            what = f"a column {column!r} is read as {ours!r}, which is heard and which no template can write"
+        else:
+            what = f"a column {column!r} is read as {ours!r}, so write {{{{ {ours} }}}}"
         raise DataError(
-            f"{who} needs the column {column!r}, which {source} has not: it has {', '.join(sorted(there))}; "
-            "name another, or say with `columns` which is meant"
+            f"{who} needs the column {column!r}, which {source} has not: it has {', '.join(sorted(there))}; {what}"
         )
 
     def messages(self, clip: Clip, prompt_index: int = 0) -> list[Message]:
@@ -250,13 +265,24 @@ class _Compiled:
             for name in self._names - values.keys():
                 if error.message == f"{name!r} is undefined":
                     raise UnusableRow(f"without {name}", clip.id) from error
-            detail = f"the template {self.source!r} finds no value ({error.message})"
-            raise UnusableRow(UNFIT, clip.id, detail) from error
+            raise UnusableRow(UNFIT, clip.id, self._failure(values, error)) from error
         except Exception as error:  # whatever an expression does with a value that it was not made for
-            raise UnusableRow(UNFIT, clip.id, f"the template {self.source!r} fails ({error})") from error
+            raise UnusableRow(UNFIT, clip.id, self._failure(values, error)) from error
         if text.count(AUDIO_TOKEN) > self.source.count(AUDIO_TOKEN):
             raise UnusableRow(INJECTED, clip.id, f"{AUDIO_TOKEN} as a text")
         return text
+
+    def _failure(self, values: Mapping[str, Any], error: Exception) -> str:
+        """Which template fails, on which values of which columns, and why."""
+        given = ", ".join(f"{name} = {_brief(value, 40)}" for name, value in sorted(values.items()))
+        return (
+            f"the template {_brief(self.source, 80)} fails with {given or 'no value'}: {' '.join(str(error).split())}"
+        )
+
+
+def _brief(value: Any, most: int) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _hidden(tree: nodes.Template) -> Iterator[str]:

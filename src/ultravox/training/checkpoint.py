@@ -123,29 +123,3 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, words, position, has_gauss, float.fromhex(cached)))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-
-
-def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, folder: Path) -> None:
-    """Refuse to resume when what decides the run's numbers has changed. CheckpointError lists the keys that differ."""
-    differences = list(_differences(saved, current, ""))
-    if differences:
-        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
-        raise CheckpointError(
-            f"cannot resume from {folder}: {what} differs: {'; '.join(differences[:8])}{more}; "
-            f"restore it, or start anew in another run_dir"
-        )
-
-
-def _differences(saved: Any, current: Any, path: str) -> list[str]:
-    if isinstance(saved, Mapping) and isinstance(current, Mapping):
-        keys = [*saved, *(key for key in current if key not in saved)]
-        missing = "(absent)"
-        return [
-            line
-            for key in keys
-            for line in _differences(saved.get(key, missing), current.get(key, missing), f"{path}.{key}".lstrip("."))
-        ]
-    if isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
-        pairs = enumerate(zip(saved, current, strict=True))
-        return [line for index, (a, b) in pairs for line in _differences(a, b, f"{path}.{index}")]
-    return [] if saved == current else [f"{path} was {saved!r}, is {current!r}"]

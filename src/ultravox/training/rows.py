@@ -112,7 +112,7 @@ def read_sources(config: RunConfig, processor: Any, quarantine: Quarantine) -> t
     for index, source in enumerate(config.data.sources):
         loaded = load_source(source_spec(source))
         template = PromptTemplate(source.task, source.prompts, source.response)
-        template.require_columns(loaded.clips, f"source {source.name}")
+        template.require_columns(loaded.clips, f"source {source.name}", source.columns)
         num_rows += loaded.num_rows
         for reason, names in loaded.left_out.items():
             for name in names:
@@ -219,7 +219,7 @@ def count_texts(source: SourceRows, rows: np.ndarray, tokenizer: Any, quarantine
                 try:
                     clip, text = source.maker.texts(next(clips))
                 except UnusableRow as error:
-                    quarantine.add_row(error.reason, error.row_id, place)
+                    quarantine.add_row(error.reason, error.name, place)
                     continue
                 chunk.append(row)
                 styled.append(clip)
@@ -227,7 +227,7 @@ def count_texts(source: SourceRows, rows: np.ndarray, tokenizer: Any, quarantine
             unusable = np.zeros(len(chunk), dtype=bool)
 
             def set_aside(error: UnusableRow, number: int, unusable: np.ndarray = unusable) -> None:
-                quarantine.add_row(error.reason, error.row_id, place)
+                quarantine.add_row(error.reason, error.name, place)
                 unusable[number] = True
 
             tokens = token_counts(tokenizer, source.template, styled, set_aside)

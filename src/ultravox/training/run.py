@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +28,32 @@ from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
 from ultravox.training.identity import base_models, deciding_keys
 from ultravox.training.interrupt import StopRequest, stop_on_signals
-from ultravox.training.measure import MatmulRate, MatmulSamples, memory_bytes, peak_memory_bytes
+from ultravox.training.measure import MatmulRate, MatmulSamples, peak_memory_bytes
 from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
 from ultravox.training.progress import TerminalProgress
+from ultravox.training.resume import (
+    finished_text,
+    is_finished,
+    require_same,
+    require_same_config,
+    require_same_data,
+)
 from ultravox.training.rows import source_key, source_spec
 from ultravox.training.run_folder import clear, lock, require_free
 from ultravox.training.speech import SpeechData, prepare_speech
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.stream import prepare_stream
+from ultravox.training.summary import RunState, announce, run_summary, stage_summary, tell, tell_mixture
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
 from ultravox.training.trackers.samples import StepSamples, samples_folder
 from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
-from ultravox.training.tune import TuneTask, num_matmul_parameters
+from ultravox.training.tune import TuneTask
 
-FORMAT_VERSION = 1
 TASKS: dict[str, type[SpeechTask]] = {"align": AlignTask, "tune": TuneTask}
-
-
-@dataclass(slots=True)
-class RunState:
-    """Where a run stands between its stages; part of each checkpoint."""
-
-    seconds: float = 0.0
-    """Wall time of training before this process."""
-    feature_cache_seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    finished: list[dict[str, Any]] = field(default_factory=list)
-    """Summaries of the stages that are done."""
 
 
 def run_training(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
@@ -90,8 +85,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             require_free(run_dir, overwrite=overwrite)
         start = checkpoints.load_checkpoint(found[-1]) if resume else None
         if start is not None:
-            saved, current = start.state["config"], deciding_keys(config)
-            checkpoints.require_same(saved, current, "the configuration", found[-1])
+            require_same_config(start.state["config"], deciding_keys(config), found[-1])
 
         # 2. The model; its fresh weights are a function of the seed
         seed_everything(config.seed, "model")
@@ -100,7 +94,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         use_fast_kernels(model)
         bases = base_models(config)  # after loading: only then is a hub model's commit known
         if start is not None:
-            checkpoints.require_same(start.state["base_models"], bases, "a base model", found[-1])
+            require_same(start.state["base_models"], bases, "a base model", found[-1])
 
         # 3. The data: clips, tokens, features of the frozen encoder
         prepare = prepare_stream if config.data.streaming else prepare_speech
@@ -110,10 +104,10 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             for source in config.data.sources:
                 key = source_key(source)
                 require_not_shrunk(source_spec(source), start.state["sizes"].get(key, 0), data.sizes[key])
-            checkpoints.require_same(start.state["data"], data.fingerprints, "the training data", found[-1])
+            require_same_data(start.state, data.fingerprints, data.sizes, found[-1])
             run = RunState(**start.state["run"])
             run.feature_cache_seconds += data.cache_report.seconds
-        _announce(config, model, data)
+        announce(model, data)
 
         # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
         if not resume:
@@ -127,11 +121,14 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
                 context = _Stage(config, stage, model, processor, data, run, bases, begin, stop)
                 _run_stage(context, start if index == first else None)
 
+        if start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1]):
+            tell(finished_text(run_dir, [(stage.name, stage.max_steps) for stage in config.stages]))
+            return run_dir
+
         # 5. The model as others read it, then the summary, which says that the run is whole
         with atomic_folder(run_dir / "model") as folder:
             save_model(model, processor, folder)
-        summary = _summary(run, data, begin)
-        atomic_write(run_dir / "train.json", json.dumps(summary, indent=2) + "\n")
+        atomic_write(run_dir / "train.json", json.dumps(run_summary(run, data, begin), indent=2) + "\n")
     return run_dir
 
 
@@ -163,10 +160,11 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     task = TASKS[stage.objective](context.model, context.processor, context.data, stage, config.seed)
     if task.left_out and done is None:
         text = (
-            f"stage {stage.name}: {len(task.left_out)} versions of {len(set(task.left_out))} clips do not fit this "
-            f"objective and are left out, such as {task.left_out[0]} (all in train.json)"
+            f"stage {stage.name}: {len(task.left_out)} versions of {len(set(task.left_out))} clips have no transcript, "
+            f"several recordings or fewer audio positions than tokens, and are left out, such as {task.left_out[0]} "
+            "(all in train.json)"
         )
-        Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        tell(text)
     optim = stage.optim
     groups = task.parameter_groups()
     if not groups:
@@ -183,7 +181,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         checkpoints.restore_random_state(start.state["random"])
         where = checkpoints.checkpoint_folder(context.run_dir, stage.name, start.state["step"])
         order = {stage.name: task.order.fingerprint}
-        checkpoints.require_same({stage.name: start.state["order"]}, order, "the order of the data", where)
+        require_same({stage.name: start.state["order"]}, order, "the order of the data", where)
         state = LoopState(**start.state["loop"])
     if done is not None:
         return  # the checkpoint is that of the stage's end
@@ -194,8 +192,8 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
 
     def save(state: LoopState) -> None:
         if state.step == stage.max_steps:
-            run.finished.append(_stage_summary(context, task, state, last, matmul))
-            _tell_mixture(stage.name, run.finished[-1]["mixture"])
+            run.finished.append(stage_summary(stage, task, state, last, matmul))
+            tell_mixture(stage.name, run.finished[-1]["mixture"])
         content = _checkpoint_content(context, task, state)
         folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
@@ -310,73 +308,9 @@ def _callbacks(context: _Stage, state: LoopState, last: dict[str, float], stack:
     return [*callbacks, _Last(last)]
 
 
-def _stage_summary(
-    context: _Stage, task: SpeechTask, state: LoopState, last: dict[str, float], matmul: MatmulRate | None
-) -> dict[str, Any]:
-    """What train.json says about a stage. Rates are over its whole wall time, evaluations and checkpoints included."""
-    summary = {
-        "name": context.stage.name,
-        "objective": context.stage.objective,
-        "steps": state.step,
-        "skipped_steps": state.skipped,
-        "seconds": state.seconds,
-        "evaluation_seconds": state.evaluation_seconds,
-        "data_wait_seconds": state.data_wait_seconds,
-        "data_wait_share": state.data_wait_seconds / max(state.seconds, 1e-9),
-        "epochs": task.order.epochs(_position(state)),
-        "mixture": task.mixture(_position(state)),
-        "num_examples": None if task.data.stream else len(task.examples),  # nobody has counted them
-        "left_out": task.left_out,
-        "audio_seconds": state.audio_seconds,
-        "audio_seconds_per_second": state.audio_seconds / max(state.seconds, 1e-9),
-        "num_tokens": state.num_tokens,
-        "tokens_per_second": state.num_tokens / max(state.seconds, 1e-9),
-        **{f"final_{name}": value for name, value in last.items()},
-    }
-    if matmul is not None:
-        summary |= matmul.shares(num_matmul_parameters(context.model.language_model), state.num_tokens, state.seconds)
-    return summary
-
-
-def _summary(run: RunState, data: SpeechData, begin: float) -> dict[str, Any]:
-    return {
-        "version": FORMAT_VERSION,
-        "train_seconds": run.seconds + time.monotonic() - begin,
-        "feature_cache_seconds": run.feature_cache_seconds,
-        "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes()),
-        "num_threads": torch.get_num_threads(),
-        "num_clips": None if data.stream else len(data.examples),
-        "audio_seconds": None if data.stream else data.seconds,
-        "num_progress_clips": len(data.progress_examples),
-        "num_with_progress_text": data.num_same_text,
-        "quarantined": data.quarantine.counts(),
-        "quarantined_files": data.quarantine.reasons,
-        "num_trainable_parameters": sum(parameter.numel() for parameter in data.trainable.values()),
-        "stages": run.finished,
-    }
-
-
 def seed_everything(seed: int, purpose: str) -> None:
     """Seed torch, numpy and python for one purpose, whatever was drawn before it."""
     number = int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "little")
     torch.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
-
-
-def _tell_mixture(stage: str, mixture: dict[str, dict[str, float]]) -> None:
-    """What came of each source, beside what was asked for."""
-    shares = [f"{name} {share['realised']:.1%} (asked {share['requested']:.1%})" for name, share in mixture.items()]
-    if len(shares) > 1:
-        text = f"stage {stage}: of the examples, {', '.join(shares)}"
-        Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def _announce(config: RunConfig, model: Any, data: SpeechData) -> None:
-    count = sum(parameter.numel() for parameter in data.trainable.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    text = (
-        f"{data.describe()}; {count / 1e6:.1f} of {total / 1e6:.0f} M parameters train; "
-        f"{memory_bytes() / 1e9:.1f} GB of memory"
-    )
-    Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

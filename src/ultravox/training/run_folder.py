@@ -1,6 +1,7 @@
 """A run's folder: one process at a time, and never replaced unasked."""
 
 import fcntl
+import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,13 +29,19 @@ RUN_FILES = (
 def lock(run_dir: Path, stack: ExitStack) -> None:
     """Keep a run folder for this process until `stack` closes."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context((run_dir / ".lock").open("w"))
+    file = stack.enter_context((run_dir / ".lock").open("a+"))  # not "w", which would wipe out the holder's number
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        file.seek(0)
+        holder = f" (pid {pid})" if (pid := file.read(20).strip()).isdigit() else ""
         raise UltravoxError(
-            f"another process is training in {run_dir}: wait for it, or choose another run_dir"
+            f"another process{holder} is training in {run_dir}: wait for it, stop it, or choose another --run_dir"
         ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    stack.callback(file.truncate, 0)  # before it closes: no number of a process that is gone
 
 
 def require_free(run_dir: Path, *, overwrite: bool) -> None:
@@ -46,10 +53,11 @@ def require_free(run_dir: Path, *, overwrite: bool) -> None:
     if there and not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} holds files but no run: choose another run_dir, or empty it")
     if not overwrite and (any(run_dir.glob("checkpoints/[!.]*")) or (run_dir / "model").is_dir()):
-        what = "a finished run" if (run_dir / "train.json").is_file() else "a run with checkpoints"
-        raise ConfigError(
-            f"{run_dir} holds {what}: go on with it (--resume), replace it (--overwrite), or choose another --run_dir"
-        )
+        if (run_dir / "train.json").is_file():
+            what = "a finished run, which --resume trains no further: "
+        else:
+            what = "a run with checkpoints: go on with it (--resume), "
+        raise ConfigError(f"{run_dir} holds {what}replace it (--overwrite), or choose another --run_dir")
 
 
 def clear(run_dir: Path) -> None:

@@ -195,7 +195,7 @@ def _make_all(
             example.prompts = list(example.prompts)
             made.append((source, clip, example))
         except UnusableRow as error:
-            quarantine.add_row(error.reason, clip.id, source_place(source.maker.source))
+            quarantine.add_row(error.reason, error.name, source_place(source.maker.source))
     return made
 
 

@@ -92,7 +92,7 @@ class SpeechStream:
         one = _Opened(index, key, source, maker, speeds, stream)
         rows = islice(stream.source.shard_rows(0), ROWS_TO_TRY)
         clips = [found for _, found in rows if isinstance(found, Clip)]
-        template.require_columns(clips, f"source {source.name}")
+        template.require_columns(clips, f"source {source.name}", source.columns)
         made = [self._example(clip, one) for clip in clips]
         tried = [found for found in made if isinstance(found, Example)]
         self._opened.append(one)
@@ -155,7 +155,7 @@ class SpeechStream:
             example = stream.maker.example(clip)
             example.prompts = list(example.prompts)
         except UnusableRow as error:
-            return error.reason, clip.id
+            return error.reason, error.name
         example.versions = [make_version(self._features, speed, seconds, ()) for speed in stream.speeds]
         return example
 
