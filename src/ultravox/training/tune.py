@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ultravox.config.schema import StageConfig
 from ultravox.data.collate import TokenBatch, collate_tokens, loss_mask
+from ultravox.metrics.token_predictions import PredictionCounts, count_predictions, pool_predictions
 from ultravox.model.adapters import lora_layers, merged_lora
 from ultravox.model.fusion import check_counts
 from ultravox.model.packing import find_packer
-from ultravox.objectives.cross_entropy import cross_entropy
+from ultravox.objectives.cross_entropy import best_tokens, cross_entropy_with_best, next_token_positions
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.examples import Example, ExampleTable
 from ultravox.training.speech import SpeechData
@@ -49,31 +50,41 @@ class TuneTask(SpeechTask):
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
         )
-        inputs, labels, arguments = self._inputs(tokens, audio)
+        inputs, labels, places, arguments = self._inputs(tokens, audio)
         hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
-        total, count = self._cross_entropy(hidden, labels)
-        return LossOutput(total, count, batch.audio_seconds, tokens.num_tokens)
+        total, best = self._cross_entropy(hidden, labels)
+        predictions = _count(best, labels, places, tokens.input_ids.shape[1])
+        return LossOutput(total, len(best), batch.audio_seconds, tokens.num_tokens, predictions=predictions)
 
-    def _inputs(self, tokens: TokenBatch, audio: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Embeddings [row, token, hidden], labels [row, token], and what else the language model is told."""
+    def _inputs(
+        self, tokens: TokenBatch, audio: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Embeddings [row, token, hidden], labels [row, token], and what else the language model is told.
+
+        Between the two last: where each token stands in the batch as it was before it was packed, [row, token].
+        """
         heard = audio or ()
+        places = torch.arange(tokens.labels.numel()).view(tokens.labels.shape)
         if self._packer is None:
             # Padding is on the right, where a causal model cannot look from: no mask is needed; attention is faster.
-            return self.model.embed(tokens.input_ids, *heard), tokens.labels, {}
+            return self.model.embed(tokens.input_ids, *heard), tokens.labels, places, {}
         if audio is not None:
             check_counts((tokens.input_ids == self.audio_token_id).sum(1), audio[1])  # while rows can be named
         packed = self._packer.pack(tokens.mask)
         joined = self.model.embed(tokens.input_ids[tokens.mask][None], *heard)[0]
-        return packed.place(joined), packed.place_labels(tokens.labels, tokens.mask), packed.arguments
+        labels = packed.place_labels(tokens.labels, tokens.mask)
+        return packed.place(joined), labels, packed.place(places[tokens.mask], -1), packed.arguments
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, and the best token for each supervised position."""
         head = self.model.get_output_embeddings()
         text = self.model.config.text_config
         scaled = any(getattr(text, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
         if isinstance(head, nn.Linear) and not scaled:
-            return cross_entropy(hidden, labels, head.weight, head.bias)
+            return cross_entropy_with_best(hidden, labels, head.weight, head.bias)
         logits, targets = self.model.supervised_logits(hidden, labels)
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+        total = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return total, best_tokens(logits.detach())[1]
 
     def transcribe(self, examples: list[Example]) -> list[str]:
         """Greedy decoding of the answers, all at once."""
@@ -102,6 +113,17 @@ class TuneTask(SpeechTask):
                 generation_config=generation,
             )
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+def _count(best: Tensor, labels: Tensor, places: Tensor, width: int) -> PredictionCounts:
+    """Best tokens against labels, sequence by sequence; `width` = of the batch in which `places` count."""
+    positions, targets = next_token_positions(labels)
+    where, order = places.reshape(-1)[positions + 1].sort()
+    rows = (where // width).cpu().numpy()
+    predicted, expected = best[order].cpu().numpy(), targets[order].cpu().numpy()
+    cuts = np.flatnonzero(np.diff(rows)) + 1
+    parts = zip(*(np.split(a, cuts) for a in (predicted, expected, where.cpu().numpy())), strict=True)
+    return pool_predictions([count_predictions(*part) for part in parts])
 
 
 def num_matmul_parameters(language_model: nn.Module) -> int:
