@@ -125,11 +125,22 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         lines += [
             "",
             f"The model's transcripts, those of the controls too, are cut at {limit['extra_tokens']} + "
-            f"{limit['tokens_per_second']:g} tokens a second of audio, which bounds their insertions.",
+            f"{limit['tokens_per_second']:g} tokens a second of audio, which bounds their insertions"
+            f"{repetition(limit)}.",
         ]
     for answers in [run["answers"] for run in runs.values() if run.get("answers", {}).get("share") is not None][:1]:
         lines += ["", f"Answered as the LLM answers the text ({answers['n']} questions): {answers['rule']}"]
     return "\n".join(lines)
+
+
+def repetition(limit: dict[str, Any]) -> str:
+    """What else cuts transcripts, in runs that were measured since it does."""
+    if "min_repeated_tokens" not in limit:
+        return ""
+    return (
+        f", and end where they say the same {limit['min_times']} times in a row, over {limit['min_repeated_tokens']} "
+        f"tokens or more"
+    )
 
 
 def with_table(readme: str, runs: dict[str, dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from ultravox.data.manifest import is_whole, read_dataset
 from ultravox.data.sources import load_clips
 from ultravox.data.splits import MIN_CONTAINED_WORDS, HeldoutFilter, is_heldout, normalise_text
 from ultravox.data.texts.grammar import fill, inflect, plural, slots, vocabulary, with_article
-from ultravox.data.texts.sentences import LONG_EVERY, request_texts, transcription_texts, with_long_texts
+from ultravox.data.texts.sentences import request_texts, transcription_texts
 from ultravox.errors import DataError, UltravoxError
 
 
@@ -91,29 +91,6 @@ def test_sentences_are_a_function_of_the_seed_and_cover_the_lists() -> None:
     for name in ("days", "months", "digits", "tens", "colours", "telephone", "function_words"):
         entries = {word for entry in vocabulary()[name] for word in normalise_text(entry.replace("_", " ")).split()}
         assert len(entries & set(words)) >= 0.9 * len(entries), name
-
-
-def test_one_text_in_twelve_is_several_sentences() -> None:
-    def texts(number: int, allowed: HeldoutFilter) -> list[str]:
-        return list(itertools.islice(with_long_texts(transcription_texts(0, allowed), 0, allowed), number))
-
-    free = HeldoutFilter([])
-    found = texts(20 * LONG_EVERY, free)
-    assert found[: 3 * LONG_EVERY] == texts(3 * LONG_EVERY, free)
-    sentences = list(itertools.islice(transcription_texts(0, free), 20 * LONG_EVERY + 100))
-    assert " ".join(sentences).startswith(" ".join(found))  # none is lost, none comes twice
-    long = [text for text in found if text not in sentences]
-    assert 15 <= len(long) <= 20
-    assert max(map(len, found)) <= 320
-    assert sum(map(len, long)) / sum(map(len, found)) == pytest.approx(0.25, abs=0.05)
-
-    across = normalise_text(long[0])  # held out: words of two sentences, which each may be used
-    middle = len(normalise_text(sentences[LONG_EVERY - 1]).split())
-    refusing = HeldoutFilter([" ".join(across.split()[middle - 2 : middle + 2])])
-    apart = list(itertools.islice(with_long_texts(iter(sentences), 0, refusing), len(found)))
-    assert sentences[LONG_EVERY - 1] in apart
-    assert long[0] not in apart
-    assert all(refusing.allows(text) for text in apart)
 
 
 def test_no_list_word_is_misspelt_for_the_template_language() -> None:

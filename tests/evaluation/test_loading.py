@@ -28,7 +28,12 @@ def test_evaluation_of_a_saved_model(tiny_run, dataset, questions):
     settings = Settings(batch_size=3, max_new_tokens=6, limit=4, questions=str(questions), num_bootstrap=50)
     results, folder = evaluate(tiny_run, str(dataset), settings=settings)
     assert folder == tiny_run / "evaluations" / "tones-heldout-partial"
-    assert results["generation"]["transcript_limit"] == {"extra_tokens": 4, "tokens_per_second": 6.0}
+    assert results["generation"]["transcript_limit"] == {
+        "extra_tokens": 4,
+        "tokens_per_second": 6.0,
+        "min_repeated_tokens": 12,
+        "min_times": 2,
+    }
     assert transcript_token_limit(round(2.5 * 16000)) == 4 + 15
     assert results["wer"]["n"] == results["answers"]["n"] == 4
     assert results["wer"]["value"] > 0.5  # random weights

@@ -92,6 +92,46 @@ def test_rows_that_have_ended_leave_the_batch(talker):
     assert sizes[-1] == 1
 
 
+def test_a_transcript_that_repeats_itself_ends_there_and_leaves_the_batch(talker, monkeypatch):
+    """The tiny model is made to say three letters over and over; the other row goes on as if alone."""
+    tokenizer = talker.processor.tokenizer
+    circle = tokenizer.encode("abc", add_special_tokens=False)
+    sizes = []
+
+    def steps(model, embeddings, mask, decoding, cache=None, stopped=()):
+        for number in range(decoding.max_new_tokens):
+            rows = [row for row in range(len(embeddings)) if row not in stopped]
+            sizes.append(len(rows))
+            words = {0: circle[number % 3], 1: tokenizer.encode(chr(97 + number), add_special_tokens=False)[0]}
+            yield [(row, words[row]) for row in rows]
+
+    monkeypatch.setattr("ultravox.inference.generate.generate_tokens", steps)
+    clips = waveforms(4.0, 4.0)
+    assert transcribe(talker.model, talker.processor, clips, max_new_tokens=20) == ["abc", "abcdefghijklmnopqrst"]
+    assert sizes == [2] * 12 + [1] * 8
+    assert answer_batch(talker.model, talker.processor, clips, max_new_tokens=20)[0] == "abcabcabcabcabcabcab"
+
+
+def test_rows_that_the_caller_stops_leave_the_batch(talker):
+    talker.model.generation_config.eos_token_id = []
+    clips = waveforms(0.5, 0.8, 0.4)
+    text = render_prompt(talker.processor.tokenizer, [user_message()])
+    batch = talker.processor(text=[text] * 3, audio=clips)
+    embeddings = talker.model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
+    alone: dict[int, list[int]] = {}
+    for step in generate_tokens(talker.model, embeddings, batch["attention_mask"], Decoding(8)):
+        for row, token in step:
+            alone.setdefault(row, []).append(token)
+    stopped: set[int] = set()
+    rows: dict[int, list[int]] = {}
+    for step in generate_tokens(talker.model, embeddings, batch["attention_mask"], Decoding(8), stopped=stopped):
+        for row, token in step:
+            rows.setdefault(row, []).append(token)
+        if len(rows[1]) == 3:
+            stopped.add(1)
+    assert rows == {0: alone[0], 1: alone[1][:3], 2: alone[2]}
+
+
 def test_sampling_is_repeatable_and_top_p_narrows(talker):
     clip = waveforms(0.5)
     answers = [talker.ask(clip, temperature=2.0, seed=seed, max_new_tokens=20) for seed in (1, 1, 2)]

@@ -16,7 +16,7 @@ from ultravox.data.sources import load_clips
 from ultravox.data.speak import Reading, Shard, Spoken, speak_shards
 from ultravox.data.speech_dataset import Answerer
 from ultravox.data.splits import HeldoutFilter, is_heldout
-from ultravox.data.texts.sentences import request_texts, transcription_texts, with_long_texts
+from ultravox.data.texts.sentences import request_texts, transcription_texts
 from ultravox.data.voices import fetch_joe, voice_classes
 from ultravox.files import atomic_folder, ultravox_home
 
@@ -27,7 +27,7 @@ ATTRIBUTION = (
 )
 # Sentences are dealt to a fixed number of shards, whatever the machine: a voice's readings depend on its shard's seed.
 NUM_SHARDS = 4
-GENERATOR_VERSION = 3  # counts up when texts or readings change, so that old folders are made anew
+GENERATOR_VERSION = 2  # counts up when texts or readings change, so that old folders are made anew
 DEFAULT_MINUTES = 36.0
 STAND_IN_MINUTES, STAND_IN_SEED = 22.0, 99
 STANDARD_KEYS = {"version", "name", "licence", "attribution", "splits"}
@@ -71,10 +71,10 @@ def speak_texts(texts: Sequence[str], folder: Path, name: str, seed: int) -> lis
 
 
 def texts_for_minutes(minutes: float, seed: int, allowed: HeldoutFilter) -> list[str]:
-    """The texts of ``synthetic-en``: as many as fill about so many minutes of speech."""
+    """The sentences of ``synthetic-en``: as many as fill about so many minutes of speech."""
     texts: list[str] = []
     remaining = minutes * 60
-    for text in with_long_texts(transcription_texts(seed, allowed), seed, allowed):
+    for text in transcription_texts(seed, allowed):
         if remaining <= 0:
             break
         texts.append(text)

@@ -16,6 +16,7 @@ from ultravox.inference.generate import (
     answer_batch,
     transcribe,
 )
+from ultravox.inference.repetition import MIN_REPEATED_TOKENS, MIN_TIMES
 from ultravox.metrics.normalize import spoken_form
 from ultravox.model.factory import load_model
 
@@ -44,6 +45,8 @@ def load_system(checkpoint: Checkpoint, *, batch_size: int, max_new_tokens: int)
         transcript_limit={
             "extra_tokens": TRANSCRIPT_EXTRA_TOKENS,
             "tokens_per_second": TRANSCRIPT_TOKENS_PER_SECOND,
+            "min_repeated_tokens": MIN_REPEATED_TOKENS,
+            "min_times": MIN_TIMES,
         },
         text_method=TEXT_METHOD + ("; words alone, in lower case, as in its training" if spoken else ""),
         absent={"recognise": why_not} if why_not else {},

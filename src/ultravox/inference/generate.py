@@ -1,7 +1,7 @@
 """Decoding: one loop for batches, streams and conversations."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import BatchFeature, DynamicCache
 from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.data.prompts import TRANSCRIBE_PROMPT, Message, render_prompt, user_message
 from ultravox.errors import DataError
+from ultravox.inference.repetition import repeated_tail
 from ultravox.model.modeling import UltravoxModel
 from ultravox.model.processing import UltravoxProcessor
 
@@ -62,10 +63,12 @@ def generate_tokens(
     attention_mask: Int[Tensor, "row past_and_token"],
     decoding: Decoding,
     cache: DynamicCache | None = None,
+    stopped: Container[int] = (),
 ) -> Iterator[list[tuple[int, int]]]:
     """Decode step by step: a list of (row, token) for the rows that still write, their end tokens included.
 
-    Rows that have ended leave the batch, so that they cost nothing. With `cache`, `inputs_embeds` are the new positions
+    Rows that have ended leave the batch, so that they cost nothing; so do those that the caller has put into `stopped`
+    between two steps. With `cache`, `inputs_embeds` are the new positions
     only and `attention_mask` covers all; when the loop ends, the cache holds all but each row's last token.
 
     Raises:
@@ -98,7 +101,8 @@ def generate_tokens(
         logits[:, model.config.audio_token_index :][:, :1] = -torch.inf  # where the table has a row for it
         tokens = decoding.choose(logits.float(), generator)
         yield list(zip(rows, tokens.tolist(), strict=True))
-        writes = ~torch.isin(tokens, ends)
+        goes_on = torch.tensor([row not in stopped for row in rows], device=tokens.device)
+        writes = goes_on & ~torch.isin(tokens, ends)
         if not bool(writes.any()):
             return
         if not bool(writes.all()):
@@ -123,15 +127,27 @@ def generate_texts(
     batch: BatchFeature,
     decoding: Decoding,
     token_limits: Sequence[int] | None = None,
+    *,
+    cut_repetition: bool = False,
 ) -> list[str]:
-    """Answers to a processed batch, in its order, stripped; none longer than its own limit, in any company."""
+    """Answers to a processed batch, in its order, stripped; none longer than its own limit, in any company.
+
+    With `cut_repetition`, an answer ends where it begins to repeat itself (`repeated_tail`).
+    """
     with torch.no_grad():
         embeddings = model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
     answers: list[list[int]] = [[] for _ in range(len(embeddings))]
-    for step in generate_tokens(model, embeddings, batch["attention_mask"].to(model.device), decoding):
+    stopped: set[int] = set()
+    mask = batch["attention_mask"].to(model.device)
+    for step in generate_tokens(model, embeddings, mask, decoding, stopped=stopped):
         for row, token in step:
-            if token_limits is None or len(answers[row]) < token_limits[row]:
-                answers[row].append(token)
+            answer = answers[row]
+            answer.append(token)
+            if cut_repetition and (repeated := repeated_tail(answer)):
+                del answer[-repeated:]
+                stopped.add(row)
+            elif token_limits is not None and len(answer) >= token_limits[row]:
+                stopped.add(row)
     return [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
 
 
@@ -144,12 +160,13 @@ def answer_batch(
     batch_size: int = 8,
     max_new_tokens: int = 256,
     token_limit: Callable[[int], int] | None = None,
+    cut_repetition: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Answer each waveform [sample], greedily, with the same text after it. The result is in the order given.
 
     `token_limit` says how many tokens an answer to so many samples may have, where that is less than `max_new_tokens`.
-    `on_progress` is told how many are done.
+    With `cut_repetition`, answers end where they begin to repeat themselves. `on_progress` is told how many are done.
     """
     text = render_prompt(processor.tokenizer, [user_message(prompt)])
     order = sorted(range(len(waveforms)), key=lambda index: -len(waveforms[index]))  # memory peaks in the first batch
@@ -159,7 +176,7 @@ def answer_batch(
         batch = processor(text=[text] * len(chosen), audio=[waveforms[index] for index in chosen])
         limits = [token_limit(len(waveforms[index])) for index in chosen] if token_limit else None
         decoding = Decoding(min(max_new_tokens, max(limits)) if limits else max_new_tokens)
-        answers = generate_texts(model, processor, batch, decoding, limits)
+        answers = generate_texts(model, processor, batch, decoding, limits, cut_repetition=cut_repetition)
         for index, answer in zip(chosen, answers, strict=True):
             texts[index] = answer
         if on_progress is not None:
@@ -178,7 +195,8 @@ def transcribe(
 ) -> list[str]:
     """Write down what is said in each waveform [sample]; clips of like length go together, the order is kept.
 
-    A transcript ends at the latest where nobody could have spoken more: see `transcript_token_limit`.
+    A transcript ends at the latest where nobody could have spoken more (`transcript_token_limit`), and where it begins
+    to say the same over and over (`repeated_tail`).
     """
     return answer_batch(
         model,
@@ -188,6 +206,7 @@ def transcribe(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         token_limit=transcript_token_limit,
+        cut_repetition=True,
         on_progress=on_progress,
     )
 

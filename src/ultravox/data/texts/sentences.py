@@ -8,11 +8,6 @@ from ultravox.data.splits import HeldoutFilter, normalise_text
 from ultravox.data.texts.grammar import LeastUsed, fill, parse_lists, read_yaml, slots, vocabulary
 
 MAX_TRIES = 20
-# Speech to transcribe is often longer than one sentence: one text in so many is several of them, which comes to about a
-# quarter of the speech. A model that never saw a long answer repeats itself where it has to give one.
-LONG_EVERY = 12
-LONG_SENTENCES = (2, 6)  # least, most
-MAX_LONG_CHARACTERS = 320  # about 17 s
 
 
 def transcription_texts(seed: int, allowed: HeldoutFilter) -> Iterator[str]:
@@ -34,24 +29,6 @@ def transcription_texts(seed: int, allowed: HeldoutFilter) -> Iterator[str]:
                 if text is not None:
                     yield text
                     break
-
-
-def with_long_texts(sentences: Iterator[str], seed: int, allowed: HeldoutFilter) -> Iterator[str]:
-    """The sentences in their order, some of them neighbours in one text: every ``LONG_EVERY``-th text is several.
-
-    A longer run begins with the shorter one's texts. Where the filter refuses several together, they stay apart.
-    """
-    generator = random.Random(seed)
-    for number in itertools.count(1):
-        if number % LONG_EVERY:
-            yield next(sentences)
-            continue
-        parts = list(itertools.islice(sentences, generator.randint(*LONG_SENTENCES)))
-        ends = list(itertools.accumulate(len(part) + 1 for part in parts))
-        fitting = max(1, sum(end <= MAX_LONG_CHARACTERS for end in ends))
-        together = " ".join(parts[:fitting])
-        yield from [together] if allowed.allows(together) else parts[:fitting]
-        yield from parts[fitting:]
 
 
 def _draw(template: str, words: LeastUsed, allowed: HeldoutFilter, seen: set[str]) -> str | None:
