@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny_run import tiny_config
 
 from ultravox.data.collate import collate_tokens, loss_mask
-from ultravox.metrics.token_predictions import count_predictions
+from ultravox.metrics.token_predictions import count_predictions, pool_predictions
 from ultravox.model.factory import build_model, build_processor
 from ultravox.training.plateau import PlateauNotice
 from ultravox.training.progress import TerminalProgress
@@ -60,9 +60,7 @@ def test_counts_are_those_of_the_plain_logits(task):
             assert labels.tolist() == tokens.labels[0, places].tolist()
             assert best.tolist() == logits[places - 1].argmax(-1).tolist()
         output = task._loss(batch)
-    expected = sum(
-        (count_predictions(best, labels, np.arange(len(best))) for best, labels, _ in found), PredictionCounts()
-    )
+    expected = pool_predictions([count_predictions(best, labels, np.arange(len(best))) for best, labels, _ in found])
     assert output.count == output.predictions.num_positions == expected.num_positions
     assert output.predictions.hits.tolist() == expected.hits.tolist()
 
