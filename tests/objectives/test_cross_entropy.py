@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ultravox.objectives.cross_entropy import cross_entropy, next_token_positions
+from ultravox.objectives.cross_entropy import best_tokens, cross_entropy, cross_entropy_with_best, next_token_positions
 from ultravox.tokens import IGNORE_INDEX
 
 
@@ -80,3 +80,29 @@ def test_bfloat16():
     total, _ = cross_entropy(hidden.bfloat16(), labels, head.bfloat16())
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, reference(hidden, head, labels), rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("size", [5, 128, 129, 300, 1024])
+def test_best_tokens_are_those_of_argmax(size: int) -> None:
+    logits = torch.randn(7, size, generator=torch.Generator().manual_seed(size))
+    logits[0, -1] = 9.0
+    logits[1, 0] = 9.0
+    top, best = best_tokens(logits)
+    assert torch.equal(best, logits.argmax(-1))
+    assert torch.equal(top, logits.amax(-1))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_best_tokens_come_with_the_loss(frozen: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 40, 16, generator=generator, requires_grad=True)
+    head = torch.randn(300, 16, generator=generator, requires_grad=not frozen)
+    labels = torch.randint(300, (2, 40), generator=generator)
+    labels[0, :9] = -100
+    total, best = cross_entropy_with_best(hidden, labels, head)
+    logits = (hidden @ head.t())[:, :-1]
+    chosen = labels[:, 1:] != -100
+    assert torch.equal(best, logits[chosen].argmax(-1))
+    assert total.item() == pytest.approx(F.cross_entropy(logits[chosen], labels[:, 1:][chosen], reduction="sum").item())
+    total.backward()
+    assert hidden.grad is not None

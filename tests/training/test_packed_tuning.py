@@ -23,6 +23,7 @@ from transformers import (
 from ultravox.config.schema import StageConfig
 from ultravox.data.collate import collate_tokens
 from ultravox.errors import ModelError
+from ultravox.metrics.token_predictions import shift_metrics
 from ultravox.model import packing
 from ultravox.model.factory import build_model, build_processor
 from ultravox.model.fast import use_fast_kernels
@@ -115,6 +116,8 @@ def test_packed_batches_train_as_padded_ones(folders, tmp_path, monkeypatch, fam
     output, found = gradients(packed, batch)
     torch.testing.assert_close(output.sum, expected.sum, rtol=1e-5, atol=0)
     assert (output.count, output.num_tokens) == (expected.count, expected.num_tokens)
+    assert shift_metrics(output.predictions) == pytest.approx(shift_metrics(expected.predictions))
+    assert output.predictions.pairs.tolist() == expected.predictions.pairs.tolist()
     assert any("lora_B" in name for name in found)
     assert any("multi_modal_projector" in name and gradient.any() for name, gradient in found.items())
     for name, gradient in found.items():

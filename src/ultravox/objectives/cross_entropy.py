@@ -23,11 +23,13 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         blocks = zip(hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True)
-        losses, parts = zip(*(_block_loss(*block, head) for block in blocks), strict=True)
+        losses, parts, best = zip(*(_block_loss(*block, head) for block in blocks), strict=True)
         ctx.save_for_backward(torch.cat(parts))
-        return torch.stack(losses).sum()
+        best_tokens = torch.cat(best)
+        ctx.mark_non_differentiable(best_tokens)
+        return torch.stack(losses).sum(), best_tokens
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -35,19 +37,34 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * gradients[0], None, None
 
 
-def _block_loss(hidden: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of a few rows [row, hidden], and its gradient."""
+def _block_loss(hidden: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the cross-entropies of a few rows [row, hidden], its gradient, and the best token of each row."""
     filled = matmul_transposed(fill_rows(hidden), head)
     logits = filled[: len(hidden)]
     rows = torch.arange(len(targets))
-    top = logits.amax(-1, keepdim=True)
+    top, best = best_tokens(logits)
     picked = logits[rows, targets]
-    logits.sub_(top).exp_()
+    logits.sub_(top[:, None]).exp_()
     total = logits.sum(-1, keepdim=True)
     logits.div_(total)
     logits[rows, targets] -= 1
     gradient = matmul_transposed(filled, head.t())[: len(hidden)]
-    return (total.log() + top).sum() - picked.sum(), gradient
+    return (total.squeeze(1).log() + top).sum() - picked.sum(), gradient, best
+
+
+#: Logits that are looked at together: `amax` reads them with vector instructions, `max` and `argmax` do not.
+_CHUNK = 128
+
+
+def best_tokens(logits: Float[Tensor, "row vocabulary"]) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row and its token, both [row], at the price of `amax` alone (a quarter of `max`'s)."""
+    whole = logits.shape[1] // _CHUNK * _CHUNK
+    tops = [logits[:, :whole].unflatten(1, (-1, _CHUNK)).amax(-1)] if whole else []
+    if whole < logits.shape[1]:
+        tops.append(logits[:, whole:].amax(-1, keepdim=True))
+    top, chunk = torch.cat(tops, dim=1).max(-1)
+    places = (chunk[:, None] * _CHUNK + torch.arange(_CHUNK, device=logits.device)).clamp(max=logits.shape[1] - 1)
+    return top, places.gather(1, logits.gather(1, places).argmax(-1, keepdim=True)).squeeze(1)
 
 
 def next_token_positions(labels: Int[Tensor, "row token"]) -> tuple[Tensor, Tensor]:
@@ -70,9 +87,21 @@ def cross_entropy(
 
     Returns: the sum in nats (a scalar with a gradient) and the number of supervised positions.
     """
+    total, best = cross_entropy_with_best(hidden, labels, head, bias)
+    return total, len(best)
+
+
+def cross_entropy_with_best(
+    hidden: Float[Tensor, "row token hidden"],
+    labels: Int[Tensor, "row token"],
+    head: Float[Tensor, "vocabulary hidden"],
+    bias: Float[Tensor, " vocabulary"] | None = None,
+) -> tuple[Tensor, Int[Tensor, " position"]]:
+    """`cross_entropy`, and the best token for each supervised position in the order of `next_token_positions`."""
     positions, targets = next_token_positions(labels)
     chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     if bias is None and not head.requires_grad and uses_onednn(chosen) and head.dtype == torch.float32:
-        return _FrozenHead.apply(chosen, head, targets), len(positions)
+        return _FrozenHead.apply(chosen, head, targets)
     logits = F.linear(chosen, head, bias)
-    return F.cross_entropy(logits.float(), targets, reduction="sum"), len(positions)
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total, best_tokens(logits.detach())[1]

@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from ultravox.metrics.token_predictions import PredictionCounts
 from ultravox.training.measure import memory_bytes
+from ultravox.training.plateau import PlateauNotice
 from ultravox.training.trackers.window import Window
 from ultravox.training.trainer import StepRecord
+
+SHIFT_STEPS = 20
 
 
 class TerminalProgress:
@@ -23,7 +27,7 @@ class TerminalProgress:
     ) -> None:
         self.console = console or Console(stderr=True)
         self._log_every, self._window, self._wer = log_every, Window(start=elapsed_seconds), math.nan
-        self._smooth: float | None = None
+        self._plateau, self._shifted = PlateauNotice(), False
         self._live: Progress | None = None
         if self.console.is_terminal:
             self._live = Progress(
@@ -52,7 +56,9 @@ class TerminalProgress:
         if not due and self._live is None:
             return
         if due:
+            predictions = self._window.predictions
             row = self._window.flush(record)
+            self._tell_shift(record, predictions)
             text = (
                 f"loss {row['loss']:.3f}{self._wer_text()}  {row['audio_seconds_per_second']:.0f} audio-s/s  "
                 f"{row['tokens_per_second']:.0f} tokens/s  {memory_bytes() / 1e9:.1f} GB"
@@ -70,6 +76,16 @@ class TerminalProgress:
         self._wer = metrics.get("wer", math.nan)
         if self._live is None and not math.isnan(self._wer):
             self.console.print(f"{stage} {step}{self._wer_text()} on clips kept out of training", highlight=False)
+        if notice := self._plateau.look(metrics):
+            self.console.print(f"{stage} {step}  {notice}", highlight=False, markup=False, soft_wrap=True)
+
+    def _tell_shift(self, record: StepRecord, predictions: PredictionCounts | None) -> None:
+        """Once, when the labels look off by some places; not before a model has had time to learn where they are."""
+        if predictions is None or self._shifted or record.step < SHIFT_STEPS:
+            return
+        if alarm := predictions.shift_alarm:
+            self._shifted = True
+            self.console.print(f"{record.stage} {record.step}  {alarm}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._live is not None:

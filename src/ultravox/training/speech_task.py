@@ -17,7 +17,7 @@ from ultravox.data.order import DataOrder, PlannedBatch, Position
 from ultravox.data.plan import Limits, Mode
 from ultravox.data.stream_order import StreamOrder
 from ultravox.errors import CheckpointError
-from ultravox.metrics.error_rate import word_error_rate
+from ultravox.metrics.error_rate import character_errors, word_error_rate
 from ultravox.training.batches import BatchMaker, SpeechBatch
 from ultravox.training.examples import Example, ExampleTable
 from ultravox.training.features import augment
@@ -203,14 +203,15 @@ class SpeechTask(abc.ABC):
         self.model.audio_tower.train(self.features.trains)
 
     def evaluate(self) -> dict[str, float]:
-        """Word error rate on the clips that were kept out of training."""
+        """Word and character error rate of what the model makes of the clips that were kept out of training."""
         examples = self.data.progress_examples
         if not examples:
             return {}
         self.model.eval()
         with torch.no_grad():
             texts = self.transcribe(examples)
-        return {"wer": word_error_rate([example.text for example in examples], texts)}
+        references = [example.text for example in examples]
+        return {"wer": word_error_rate(references, texts), "cer": character_errors(references, texts).rate}
 
     def trainable_state(self) -> dict[str, Tensor]:
         """All that trains in any stage, and the objective's own parameters."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ultravox.metrics.token_predictions import PredictionCounts
 from ultravox.training.optim import ParameterGroup
 
 
@@ -21,6 +22,8 @@ class LossOutput:
     """Positions without padding."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Further sums over the same count, for the log."""
+    predictions: PredictionCounts | None = None
+    """The best tokens against the labels, where the objective predicts tokens."""
 
 
 class Batch(Protocol):

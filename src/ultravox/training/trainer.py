@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ultravox.errors import UltravoxError
+from ultravox.metrics.token_predictions import PredictionCounts, pool_predictions
 from ultravox.training.interrupt import StopRequest, TrainingInterrupted
 from ultravox.training.optim import Optimizer, lr_factor
 from ultravox.training.splitting import run_with_splitting
@@ -93,6 +94,8 @@ class StepRecord:
     """In this step."""
     batches: Sequence[LoadedBatch] = ()
     metrics: dict[str, float] = field(default_factory=dict)
+    predictions: PredictionCounts | None = None
+    """The best tokens against the labels, where the objective predicts tokens."""
     skipped_ids: list[str] | None = None
     """The examples of a step that was not taken, because its loss or gradient was not finite."""
     spike_ids: list[str] | None = None
@@ -190,6 +193,7 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
     metrics: dict[str, float] = {}
     ids: list[str] = []
     splits: list[list[str]] = []
+    predictions: list[PredictionCounts] = []
     for batch in (item.batch for item in loaded.batches):
         ids.extend(batch.ids)
         outputs = run_with_splitting(
@@ -204,6 +208,8 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
             count += output.count
             audio_seconds += output.audio_seconds
             num_tokens += output.num_tokens
+            if output.predictions is not None:
+                predictions.append(output.predictions)
             for name, number in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + number
     state.epoch, state.window, state.batch = loaded.after
@@ -233,6 +239,7 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
         elapsed_seconds=0.0,
         batches=loaded.batches,
         metrics={name: number / count for name, number in metrics.items()} if count else {},
+        predictions=pool_predictions(predictions) if predictions else None,
         skipped_ids=None if taken else ids,
         spike_ids=ids if taken and is_spike else None,
         split_ids=splits or None,

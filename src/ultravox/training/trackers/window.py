@@ -1,8 +1,12 @@
 """Averages over the steps between two log lines."""
 
+import math
 from dataclasses import dataclass, field
 
+from ultravox.metrics.token_predictions import PredictionCounts, shift_metrics
 from ultravox.training.trainer import StepRecord
+
+MAX_EXPONENT = 700.0  # beyond, a float is infinite
 
 
 @dataclass(slots=True)
@@ -16,6 +20,7 @@ class Window:
     steps: int = 0
     start: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    predictions: PredictionCounts | None = None
 
     def add(self, record: StepRecord) -> None:
         """Take in a step. Steps that were not taken have no loss worth averaging."""
@@ -25,6 +30,8 @@ class Window:
         if record.skipped_ids is None:
             self.steps += 1
             self.loss += record.loss
+            if record.predictions is not None:
+                self.predictions = record.predictions + (self.predictions or PredictionCounts())
             for name, value in record.metrics.items():
                 self.metrics[name] = self.metrics.get(name, 0.0) + value
 
@@ -39,5 +46,7 @@ class Window:
             "data_wait_share": self.data_wait_seconds / seconds,
             **{name: value / steps for name, value in self.metrics.items()},
         }
+        if self.predictions is not None:
+            row |= {"perplexity": math.exp(min(row["loss"], MAX_EXPONENT))} | shift_metrics(self.predictions)
         self.__init__(start=record.elapsed_seconds)  # type: ignore[misc]
         return row
