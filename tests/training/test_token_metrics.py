@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +94,10 @@ def test_a_run_logs_them(parts, tmp_path):
     models, tones = parts
     run_training(tiny_config(models, tones, tmp_path / "run"))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    page = (Path(__file__).parents[2] / "docs" / "training-log.md").read_text()
+    for key in sorted({key for row in rows for key in row}):
+        of_parts = re.sub(r"_(projector|language_model|audio_encoder)$", "_<part>", key)
+        assert f"`{of_parts}`" in page, f"{key} is not explained in docs/training-log.md"
     tune = [row for row in rows if row["stage"] == "tune" and "token_accuracy" in row]
     assert len(tune) == 40
     assert tune[-1]["token_accuracy"] > tune[0]["token_accuracy"]
