@@ -46,6 +46,46 @@ def test_one_step_equals_torch():
         torch.testing.assert_close(layer.bias, twin.bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_parts_gradient_and_update_are_measured_and_change_nothing(dtype):
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(5, 4).to(dtype) for name in ("a", "b")}
+    twins = {name: nn.Linear(5, 4).to(dtype) for name in ("a", "b")}
+    for name, layer in layers.items():
+        twins[name].load_state_dict(layer.state_dict())
+
+    def optimizer(many):
+        groups = [
+            ParameterGroup(name, {f"{name}.{k}": p for k, p in layer.named_parameters()}, 1e-2)
+            for name, layer in many.items()
+        ]
+        return Optimizer(groups, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
+
+    measured, plain = optimizer(layers), optimizer(twins)
+    for many, one, measure in ((layers, measured, True), (twins, plain, False)):
+        x = torch.ones(3, 5, dtype=dtype)
+        (many["a"](x).square().sum() + 10 * many["b"](x).sum()).backward()
+        gradients = {
+            name: torch.cat([p.grad.float().flatten() for p in layer.parameters()]) / 7 for name, layer in many.items()
+        }
+        before = torch.cat([m.detach().flatten() for m in one._masters.values()])
+        norm = one.step(divisor=7, max_grad_norm=0.5, lr_factor=0.5, measure=measure)
+        assert norm > 0.5, "clipping is not tested"
+        if measure:
+            for name in many:
+                assert one.measured[f"grad_norm_{name}"] == pytest.approx(float(gradients[name].norm()), rel=1e-5)
+            after = torch.cat([m.detach().flatten() for m in one._masters.values()])
+            half = len(after) // 2
+            for name, part in (("a", slice(half)), ("b", slice(half, None))):
+                ratio = (after[part] - before[part]).norm() / before[part].norm()
+                assert one.measured[f"update_ratio_{name}"] == pytest.approx(float(ratio), rel=1e-4)
+            assert len(one.measured) == 4
+        else:
+            assert one.measured == {}
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight, twins[name].weight)
+
+
 def test_state_of_other_parameters_is_refused():
     layer = nn.Linear(4, 3)
     optimizer = Optimizer([ParameterGroup("a", {"w": layer.weight}, 1e-2)], weight_decay=0, betas=(0.9, 0.99), eps=1e-8)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,11 +94,23 @@ def test_a_run_logs_them(parts, tmp_path):
     models, tones = parts
     run_training(tiny_config(models, tones, tmp_path / "run"))
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    page = (Path(__file__).parents[2] / "docs" / "training-log.md").read_text()
+    for key in sorted({key for row in rows for key in row}):
+        of_parts = re.sub(r"_(projector|language_model|audio_encoder)$", "_<part>", key)
+        assert f"`{of_parts}`" in page, f"{key} is not explained in docs/training-log.md"
     tune = [row for row in rows if row["stage"] == "tune" and "token_accuracy" in row]
     assert len(tune) == 40
     assert tune[-1]["token_accuracy"] > tune[0]["token_accuracy"]
     assert all(row["perplexity"] == pytest.approx(np.exp(row["loss"]), rel=1e-6) for row in tune)
     assert {"best_shift", "best_shift_accuracy", "acc_tol_1", "acc_aligned", "ter_tf"} <= set(tune[0])
+    parts = {"align": ["projector"], "tune": ["projector", "language_model"]}
+    for stage, names in parts.items():
+        logged = [row for row in rows if row["stage"] == stage and "loss" in row]
+        for name in names:
+            assert all(row[f"grad_norm_{name}"] > 0 for row in logged)
+            assert all(1e-6 < row[f"update_ratio_{name}"] < 0.5 for row in logged)
+        squares = [sum(row[f"grad_norm_{name}"] ** 2 for name in names) for row in logged]
+        assert squares == pytest.approx([row["grad_norm"] ** 2 for row in logged], rel=1e-4)
     (last,) = [row for row in rows if row["stage"] == "tune" and "wer" in row]
     assert set(last) >= KEPT_OUT
     assert abs(last["audio_use_margin"]) < 1  # so short a run learns the words' shares, not yet to hear them

@@ -1,7 +1,7 @@
 """AdamW with a learning rate per part of the model, schedules, and an optimizer state that is plain named tensors."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,7 @@ class Optimizer:
                 if parameters:
                     decay = weight_decay if decays else 0.0
                     settings.append({"params": parameters, "lr": group.lr, "peak": group.lr, "weight_decay": decay})
+        self.measured: dict[str, float] = {}
         self._adamw = torch.optim.AdamW(settings, betas=betas, eps=eps, fused=True)
 
     @property
@@ -77,11 +78,15 @@ class Optimizer:
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
-    def step(self, *, divisor: float, max_grad_norm: float, lr_factor: float) -> float:
+    def step(self, *, divisor: float, max_grad_norm: float, lr_factor: float, measure: bool = False) -> float:
         """Divide the gradients by `divisor`, scale them down to `max_grad_norm`, update.
+
+        With `measure`, `measured` holds of each part the gradient's norm before clipping, `grad_norm_<part>`, and the
+        norm of what was added to the weights by the weights' own, `update_ratio_<part>`.
 
         Returns: the norm before clipping. When it is not finite, nothing is updated.
         """
+        self.measured = {}
         for name, parameter in self._named.items():
             if (master := self._masters[name]) is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -95,11 +100,28 @@ class Optimizer:
         torch._foreach_mul_(gradients, scale)
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * lr_factor
+        before = {name: master.detach().clone() for name, master in self._masters.items()} if measure else {}
+        if measure:  # the gradients are scaled by now
+            self._measure("grad_norm", lambda name, master: master.grad, 1 / (scale * divisor))
         self._adamw.step()
+        if measure:
+            self._measure("update", lambda name, master: master.detach() - before[name], 1.0)
+            self._measure("weight", lambda name, master: before[name], 1.0)
+            for part in (group.part for group in self.groups):
+                update, weight = (self.measured.pop(f"{what}_{part}") for what in ("update", "weight"))
+                self.measured[f"update_ratio_{part}"] = update / weight if weight else math.inf
         for name, parameter in self._named.items():
             if (master := self._masters[name]) is not parameter:
                 parameter.data.copy_(master.data)
         return norm
+
+    def _measure(self, what: str, tensor_of: Callable[[str, nn.Parameter], Tensor | None], factor: float) -> None:
+        """Note the norm of one tensor for each parameter, over each part."""
+        for group in self.groups:
+            tensors = [tensor_of(name, self._masters[name]) for name in group.parameters]
+            norms = torch._foreach_norm([tensor for tensor in tensors if tensor is not None])
+            norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+            self.measured[f"{what}_{group.part}"] = norm * factor
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter name>.{step, exp_avg, exp_avg_sq}`, and `.master` where the parameter is not float32."""

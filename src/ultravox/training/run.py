@@ -209,6 +209,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         max_grad_norm=optim.max_grad_norm,
         evaluate_every=stage.evaluate_every,
         checkpoint_every=stage.checkpoint_every,
+        measure_every=stage.log_every,
     )
     loader = _loader(context, task)
     release_freed_memory()  # what the stage before has left

@@ -34,6 +34,8 @@ class LoopSettings:
     max_grad_norm: float = 1.0
     evaluate_every: int = 0
     checkpoint_every: int = 0
+    measure_every: int = 0
+    """Steps between two looks at each part's gradient and update; 0 = never."""
     max_skipped_steps: int = 5
     """So many steps in a row without a finite loss and gradient end the run."""
 
@@ -94,6 +96,8 @@ class StepRecord:
     """In this step."""
     batches: Sequence[LoadedBatch] = ()
     metrics: dict[str, float] = field(default_factory=dict)
+    of_parts: dict[str, float] = field(default_factory=dict)
+    """`grad_norm_<part>` and `update_ratio_<part>`, in the steps in which they are measured."""
     predictions: PredictionCounts | None = None
     """The best tokens against the labels, where the objective predicts tokens."""
     skipped_ids: list[str] | None = None
@@ -216,7 +220,9 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
     factor = settings.lr_factor(state.step)
     norm = math.nan
     if math.isfinite(loss_sum) and count > 0:
-        norm = optimizer.step(divisor=count, max_grad_norm=settings.max_grad_norm, lr_factor=factor)
+        every = settings.measure_every
+        measure = bool(every) and ((state.step + 1) % every == 0 or state.step + 1 == settings.max_steps)
+        norm = optimizer.step(divisor=count, max_grad_norm=settings.max_grad_norm, lr_factor=factor, measure=measure)
     taken = math.isfinite(norm)
     state.step += 1
     state.skipped_in_row = 0 if taken else state.skipped_in_row + 1
@@ -239,6 +245,7 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
         elapsed_seconds=0.0,
         batches=loaded.batches,
         metrics={name: number / count for name, number in metrics.items()} if count else {},
+        of_parts=optimizer.measured if taken else {},
         predictions=pool_predictions(predictions) if predictions else None,
         skipped_ids=None if taken else ids,
         spike_ids=ids if taken and is_spike else None,
