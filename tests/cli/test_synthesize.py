@@ -200,6 +200,36 @@ def test_a_mistake_is_one_line(words, message, place, capsys):
     assert not (place / "out" / "dataset.json").exists()
 
 
+def test_a_failed_start_leaves_nothing_and_a_mended_file_is_taken(place, capsys):
+    for bad in ('{"words": "no text"}\n', "\n \n", '{"id": "a", "text": "One."}\n{"id": "a", "text": "Two."}\n'):
+        (place / "rows.jsonl").write_text(bad)
+        assert synthesize("rows.jsonl", "--output", "made/out") == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (place / "made").exists()
+    (place / "rows.jsonl").write_text('{"text": "One."}\n')
+    assert synthesize("rows.jsonl", "--output", "made/out") == 0
+    whole = (place / "made" / "out" / "train.jsonl").read_bytes()
+    (place / "rows.jsonl").write_text("\n")
+    assert synthesize("rows.jsonl", "--output", "made/out", "--overwrite") == 2
+    assert (place / "made" / "out" / "train.jsonl").read_bytes() == whole, "a bad file costs no dataset"
+    (place / "rows.jsonl").write_text('{"text": "Two."}\n')
+    capsys.readouterr()
+    assert synthesize("rows.jsonl", "--output", "made/out") == 2
+    error = capsys.readouterr().err
+    assert error.endswith(
+        "made/out was made with another content of rows.jsonl (it has changed since): choose another place, or "
+        "--overwrite it\n"
+    )
+
+
+def test_a_server_that_wrote_nothing_binds_nobody(place, speech_server, capsys):
+    words = ["--writer-url", speech_server.url, "--num-texts", "1", "--output", "out", "--writer-model"]
+    speech_server.failures = [(404, {}, b"no such model")]
+    assert synthesize(*words, "misspelt") == 2
+    assert not (place / "out").exists()
+    assert synthesize(*words, "writer") == 0
+
+
 def test_overwrite_removes_datasets_alone(place, capsys):
     (place / "mine").mkdir()
     (place / "mine" / "thesis.txt").write_text("years of work")

@@ -17,7 +17,7 @@ import numpy as np
 from ultravox.data.manifest import Clip, is_whole, write_dataset
 from ultravox.data.splits import is_heldout, normalise_text
 from ultravox.errors import DataError, NetworkError
-from ultravox.files import atomic_folder, explain_full_disk, sha256_file, ultravox_home
+from ultravox.files import atomic_folder, explain_full_disk, make_folder, sha256_file, ultravox_home
 from ultravox.packages import working
 
 NAME = "asterisk-en"
@@ -87,7 +87,7 @@ def fetch_asterisk_en(stand_in: Callable[[Path], None] | None = None) -> Path:
     if missing:
         _make_stand_in(folder, missing[0], stand_in)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with explain_full_disk(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".asterisk.") as temporary:
         packages = download_packages(list(PACKAGES), Path(temporary))
         for package in packages.values():

@@ -24,7 +24,7 @@ import numpy as np
 from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.data.cache_shards import FORMAT_VERSION, Shard, find_shards
 from ultravox.errors import DataError
-from ultravox.files import ultravox_home
+from ultravox.files import locked, make_folder, ultravox_home
 
 KEY_FILE, LOCK_FILE, READERS_FILE = "key.json", "lock", "readers"
 HASHES_FILE = "audio-hashes.bin"
@@ -47,7 +47,7 @@ def hold(folder: Path) -> IO:
     """Say that this process uses a key's folder (made if need be), until the file that comes back is closed."""
     path = folder / READERS_FILE
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             file = path.open("r" if path.exists() else "a")  # "r" is enough, and works on a read-only disk
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -60,9 +60,8 @@ def hold(folder: Path) -> IO:
 
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """Keep other builders of a key out; waits for one that is there. The folder must be held."""
-    with (folder / LOCK_FILE).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Keep other builders of a key out; waits for one that is there, and says so. The folder must be held."""
+    with locked(folder / LOCK_FILE, f"computes features in {folder}"):
         yield
 
 
@@ -283,9 +282,7 @@ def remove_key(folder: Path) -> int | None:
 @contextmanager
 def _removing() -> Iterator[None]:
     """One at a time: two who make room at once would each remove enough for both."""
-    features_folder().mkdir(parents=True, exist_ok=True)
-    with (features_folder() / LOCK_FILE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(make_folder(features_folder()) / LOCK_FILE, f"removes features in {features_folder()}"):
         yield
 
 
@@ -347,5 +344,6 @@ def _last_use(folder: Path) -> float:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(Shard.num_bytes(Path(place) / name) for place, _, names in os.walk(folder) for name in names)
+    """Bytes of all files below a folder, but for the few that a lock says its holder in."""
+    files = (Path(place) / name for place, _, names in os.walk(folder) for name in names if name != LOCK_FILE)
+    return sum(map(Shard.num_bytes, files))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ultravox.cli.names import parse_columns
 from ultravox.errors import DataError
+from ultravox.files import require_place
 
 if TYPE_CHECKING:
     from ultravox.data.clip import Clip, RowFault
@@ -49,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
     """Inspect the splits of some sources together."""
     from ultravox.evaluation.inspection import inspect_splits
 
+    if args.html is not None:  # before the minutes of decoding
+        require_place(args.html.parent)
+        if args.html.is_dir():
+            raise DataError(f"--html {args.html} is a folder: name the file to write")
     splits, faults = _load(args)
     inspection = inspect_splits(splits, faults=faults, decode=not args.no_decode, on_progress=_progress())
     if args.html is not None:
