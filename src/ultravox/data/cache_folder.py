@@ -222,6 +222,8 @@ class Cleared:
     num_shards: int = 0
     """Of keys that stay."""
     num_bytes: int = 0
+    num_hash_tables: int = 0
+    """1 when the remembered hashes of audio files went too."""
     in_use: list[str] = field(default_factory=list)
     """Keys that stay because a running process uses them."""
 
@@ -240,12 +242,15 @@ def clear(prefix: str = "", older_than_days: float = 0.0) -> Cleared:
     folders = [folder for folder in key_folders() if folder.name.startswith(prefix)]
     if prefix and not folders:
         raise DataError(f"no cached features have a key that begins with {prefix!r}: see `ultravox data cache info`")
+    if not features_folder().is_dir():
+        return cleared
     before = time.time() - older_than_days * 86_400
     with _removing():
         cleared.num_bytes += _empty_trash()
         for folder in folders:
             _clear_key(folder, before, cleared)
     if not prefix and not older_than_days:
+        cleared.num_hash_tables = int((features_folder() / HASHES_FILE).exists())
         cleared.num_bytes += Shard.num_bytes(features_folder() / HASHES_FILE)
         (features_folder() / HASHES_FILE).unlink(missing_ok=True)
     return cleared

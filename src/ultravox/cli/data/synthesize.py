@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultravox.cli.datasets import DEFAULT_CHAT_TEMPLATE
+from ultravox.cli.names import hours
 from ultravox.errors import UltravoxError
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     for split, entry in info["splits"].items():
-        print(f"{args.output}: {split}, {entry['num_clips']} clips, {entry['seconds'] / 60:.1f} minutes")
+        print(f"{args.output}: {split}, {entry['num_clips']} clips, {hours(entry['seconds'])}")
     set_aside = {"texts left out": info["texts_left_out"], "readings set aside": info["readings_quarantined"]}
     if found := ", ".join(f"{what}: {count}" for what, count in set_aside.items() if count):
         print(f"{args.output / QUARANTINE}: {found}")
