@@ -156,7 +156,7 @@ def compare_orders(reports: Mapping[str, AuditReport]) -> Check:
         "one order for every setting",
         not odd if len(hashes) > 1 else None,
         f"{first[:16]} in all of {', '.join(hashes)}",
-        f"{len(set(hashes.values()))} orders",
+        "one order" if not odd else f"{len(set(hashes.values()))} orders",
         odd[:MOST_EXAMPLES],
     )
 
@@ -208,7 +208,7 @@ class Audit:
         # all records of examples that come too often in their epoch
         concerned = np.flatnonzero(np.isin(self._codes(), self._codes(over)) & self._known) if len(over) else over
         total = len(self.expected.uids)
-        epochs = f"each of {len(self._complete)} complete epochs"
+        epochs = "the complete epoch" if len(self._complete) == 1 else f"each of {len(self._complete)} complete epochs"
         return [
             self.known_check(),
             self._epochs_check(),
@@ -236,7 +236,8 @@ class Audit:
     def _records_check(self, name: str, expected: str, wrong: np.ndarray) -> Check:
         """A check that no record may fail; `wrong` are those that do."""
         examples = [f"{_name(self.records.uid[i])} in step {self.records.step[i]}" for i in wrong[:MOST_EXAMPLES]]
-        return Check(name, not len(wrong), expected, f"{len(wrong)} records" if len(wrong) else "none", examples)
+        found = f"{len(wrong)} exceptions" if len(wrong) else "no exception"
+        return Check(name, not len(wrong), expected, found, examples)
 
     def known_check(self) -> Check:
         """Whether each record is of a row that there is, and of its source."""
