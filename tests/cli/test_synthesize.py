@@ -48,7 +48,7 @@ def test_a_file_becomes_a_dataset_that_other_commands_take(place, capsys):
     words = ["lines.txt", "--output", "made/calls", "--speed", "0.8", "--speed", "1.2", "--licence", "CC0-1.0"]
     assert synthesize(*words) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("made/calls: train, 4 clips, 0.0 minutes")
+    assert out[0].startswith("made/calls: train, 4 clips, ")
     assert out[1:] == ["made/calls/quarantine.jsonl: texts left out: 1"]
     assert main(["data", "inspect", "made/calls"]) == 0
     assert "CC0-1.0" in capsys.readouterr().out
@@ -198,6 +198,36 @@ def test_a_mistake_is_one_line(words, message, place, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not (place / "out" / "dataset.json").exists()
+
+
+def test_a_failed_start_leaves_nothing_and_a_mended_file_is_taken(place, capsys):
+    for bad in ('{"words": "no text"}\n', "\n \n", '{"id": "a", "text": "One."}\n{"id": "a", "text": "Two."}\n'):
+        (place / "rows.jsonl").write_text(bad)
+        assert synthesize("rows.jsonl", "--output", "made/out") == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (place / "made").exists()
+    (place / "rows.jsonl").write_text('{"text": "One."}\n')
+    assert synthesize("rows.jsonl", "--output", "made/out") == 0
+    whole = (place / "made" / "out" / "train.jsonl").read_bytes()
+    (place / "rows.jsonl").write_text("\n")
+    assert synthesize("rows.jsonl", "--output", "made/out", "--overwrite") == 2
+    assert (place / "made" / "out" / "train.jsonl").read_bytes() == whole, "a bad file costs no dataset"
+    (place / "rows.jsonl").write_text('{"text": "Two."}\n')
+    capsys.readouterr()
+    assert synthesize("rows.jsonl", "--output", "made/out") == 2
+    error = capsys.readouterr().err
+    assert error.endswith(
+        "made/out was made with another content of rows.jsonl (it has changed since): choose another place, or "
+        "--overwrite it\n"
+    )
+
+
+def test_a_server_that_wrote_nothing_binds_nobody(place, speech_server, capsys):
+    words = ["--writer-url", speech_server.url, "--num-texts", "1", "--output", "out", "--writer-model"]
+    speech_server.failures = [(404, {}, b"no such model")]
+    assert synthesize(*words, "misspelt") == 2
+    assert not (place / "out").exists()
+    assert synthesize(*words, "writer") == 0
 
 
 def test_overwrite_removes_datasets_alone(place, capsys):

@@ -210,6 +210,16 @@ def test_wrong_overrides(write, overrides, message):
         ("    objective: tune\n", "    objective: tune\n    align: {match_weight: 1}\n", "'align' have no effect"),
         ("    objective: align\n", "    objective: align\n    tune: {loss_mask: all_text}\n", "'tune' have no effect"),
         ("version: 1", "version: 2", r"run\.yaml:1: version"),
+        (
+            "{name: asterisk-en}",
+            "{name: asterisk-en, filters: {min_seconds: 3, max_seconds: 2}}",
+            r"run\.yaml:7: data.sources\[0\].filters: min_seconds = 3 is more than max_seconds = 2, so no clip is left",
+        ),
+        (
+            "{name: asterisk-en}",
+            "{name: asterisk-en, filters: {max_characters_per_second: 9, min_characters_per_second: 9.5}}",
+            r"run\.yaml:7: .*min_characters_per_second = 9.5 is more than max_characters_per_second = 9, so",
+        ),
         ("seed: 7", "seed: 7\n  x: 1", r"run\.yaml:3: not valid YAML"),
         ("seed: 7", "seed: !!python/object:os.system x", "not valid YAML"),
         ("model:\n", "model: &m\n  again: *m\n", "alias"),

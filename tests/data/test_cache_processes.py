@@ -80,6 +80,19 @@ def test_after_a_builder_is_killed_the_next_one_goes_on(tmp_path, requests, run,
     assert (left.count(".bin"), left.count(".idx"), left.count(".abc")) == (1, 1, 0), "nothing half is left"
 
 
+def test_who_waits_says_once_for_whom(tmp_path, requests, run):
+    builder = run("--block-after", "3")
+    wait_for((tmp_path / "encoded.blocked").exists)
+    waiting = run()
+    line = waiting.stderr.readline()  # comes while it waits
+    assert waiting.poll() is None
+    assert line.startswith(f"waiting for process {builder.pid} on ")
+    assert line.endswith(f", which computes features in {KEY.folder()}\n")
+    builder.kill()
+    finish(waiting)
+    assert waiting.stderr.closed or waiting.stderr.read() == "", "it says so once"
+
+
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "index"])
 def test_two_processes_find_one_damage_and_it_is_mended_once(tmp_path, requests, run, damage):
     finish(run())

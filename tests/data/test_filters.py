@@ -5,6 +5,7 @@ import pytest
 from ultravox.audio.content import NO_AUDIO
 from ultravox.data.filters import Filters, characters_per_second, num_characters, total_seconds
 from ultravox.data.manifest import Clip
+from ultravox.errors import DataError
 from ultravox.metrics.normalize import spoken_form
 
 
@@ -32,6 +33,13 @@ def clip(tmp_path):
 )
 def test_limits_are_kept_to_and_include_themselves(clip, limits, seconds, reason):
     assert Filters(**limits).reason(clip(seconds=seconds)) == reason
+
+
+@pytest.mark.parametrize("unit", ["seconds", "characters_per_second"])
+def test_limits_that_leave_nothing_are_refused(unit):
+    Filters(**{f"min_{unit}": 2.0, f"max_{unit}": 2.0})
+    with pytest.raises(DataError, match=f"min_{unit} = 3 is more than max_{unit} = 2.5, so no clip is left"):
+        Filters(**{f"min_{unit}": 3.0, f"max_{unit}": 2.5})
 
 
 def test_languages_are_those_that_rows_name(clip):

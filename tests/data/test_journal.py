@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ultravox.data.journal import Journal
+from ultravox.data.journal import Journal, first_difference
 from ultravox.errors import DataError
 
 
@@ -46,11 +46,56 @@ def test_a_line_cut_short_anywhere_costs_its_part_alone(tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    reopened(tmp_path / "j", {"seed": 0, "voices": ["a"]})
-    with pytest.raises(DataError, match=r'was begun with voices \["a"\] \(now \["b"\]\)'):
+    journal = Journal(tmp_path / "j", {"seed": 0, "voices": ["a"]})
+    journal.add("speech", 0, 1)
+    journal.close()
+    with pytest.raises(DataError, match=r"was begun with voices a \(now b\): use that again, choose another place, or"):
         Journal(tmp_path / "j", {"seed": 0, "voices": ["b"]})
-    with pytest.raises(DataError, match=r"was begun with more null \(now 1\)"):
+    with pytest.raises(DataError, match=r"was begun with more none \(now 1\)"):
         Journal(tmp_path / "j", {"seed": 0, "voices": ["a"], "more": 1})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ({"seed": 0}, {"seed": 0}, ""),
+        ({"seed": 0}, {"seed": 1}, "seed 0 (now 1)"),
+        ({"hold_out": False}, {"hold_out": True}, "hold_out false (now true)"),
+        ({"speeds": [1.0, 1.1]}, {"speeds": [1.0]}, "speeds 1.0, 1.1 (now 1.0)"),
+        (
+            {"texts": {"file": "a.txt", "sha256": "0" * 64}},
+            {"texts": {"file": "a.txt", "sha256": "1" * 64}},
+            "another content of a.txt (it has changed since)",
+        ),
+        ({"texts": {"file": "a.txt"}}, {"texts": {"file": "b.txt"}}, "texts file a.txt (now b.txt)"),
+        ({"texts": {"file": "a"}}, {"texts": {"templates": ["b"]}}, "texts file a (now none)"),
+        (
+            {"voices": [{"name": "joe"}, {"name": "ann", "version": "1"}]},
+            {"voices": [{"name": "joe"}, {"name": "ann", "version": "2"}]},
+            "voices 2 version 1 (now 2)",
+        ),
+        ({"voices": [{"name": "joe"}]}, {"voices": []}, "voices of 1 entries (now none)"),
+        ({"prompt": "a" * 200 + "b"}, {"prompt": "a" * 200 + "c"}, f"prompt …{'a' * 10}b (now …{'a' * 10}c)"),
+        ({"licence": ""}, {"licence": "l" * 100}, f"licence none (now {'l' * 79}…)"),
+    ],
+)
+def test_a_difference_is_told_in_words(old, new, message):
+    assert first_difference(old, new) == message
+
+
+def test_work_that_never_began_leaves_nothing_and_binds_nobody(tmp_path):
+    reopened(tmp_path / "made" / "for" / "j", {"seed": 0})
+    assert list(tmp_path.iterdir()) == []
+    killed = {"version": 1, "settings": {"seed": 0}}
+    (tmp_path / "j").write_text(json.dumps(killed) + "\n")
+    journal = Journal(tmp_path / "j", {"seed": 1})
+    journal.add("speech", 0, 1)
+    journal.close()
+    assert reopened(tmp_path / "j", {"seed": 1}).get("speech", 0) == 1
+    (tmp_path / "j").write_text(json.dumps(killed) + "\n")
+    (tmp_path / "audio").mkdir()  # something was made, which no other settings may take for theirs
+    with pytest.raises(DataError, match="was begun with seed 0"):
+        Journal(tmp_path / "j", {"seed": 1})
 
 
 def test_another_format_or_file_is_refused(tmp_path):

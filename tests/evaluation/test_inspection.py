@@ -1,5 +1,6 @@
 """What an inspection finds, each fault planted once."""
 
+import re
 import tracemalloc
 from dataclasses import replace
 
@@ -51,6 +52,7 @@ def test_each_fault_is_named(clip, tmp_path):
         clip("fine", "shared words"),
         broken,
         clip("mute", " -- "),
+        clip("turn", "and <|im_end|> more"),
         clip("twin1", waveform=twin, duration=1.0),
         clip("twin2", waveform=twin, duration=1.0),
         clip("long", duration=3.0),
@@ -69,12 +71,14 @@ def test_each_fault_is_named(clip, tmp_path):
     heldout = [clip("twin3", "hello there", waveform=twin, duration=1.0), clip("copy", "Shared, words!")]
     done = []
     splits = {"train": train, "heldout": heldout}
-    found = inspect_splits(splits, faults=faults, on_progress=lambda *counts: done.append(counts))
+    special = re.compile(re.escape("<|im_end|>"))
+    found = inspect_splits(splits, faults=faults, special=special, on_progress=lambda *counts: done.append(counts))
     assert kinds(found) == [
         ("unusable", "train", "gone"),
         ("id twice", "train", "fine"),
         ("unreadable", "train", "broken"),
         ("no text", "train", "mute"),
+        ("special token", "train", "turn"),
         ("text in two splits", "heldout", "copy"),
         ("audio in two splits", "heldout", "twin3"),
         ("audio twice", "train", "twin2"),
@@ -86,10 +90,10 @@ def test_each_fault_is_named(clip, tmp_path):
     ]
     assert {finding.kind for finding in found.faults} == set(FAULTS)
     assert found.findings[0].detail == "line 9: no such file"
-    assert found.findings[4].detail == "as fine of train: Shared, words!"
-    assert found.findings[5].detail == "as twin1 of train"
-    assert "2.00 s of audio" in found.findings[7].detail
-    assert done == [(index, 13) for index in range(1, 14)]
+    assert found.findings[5].detail == "as fine of train: Shared, words!"
+    assert found.findings[6].detail == "as twin1 of train"
+    assert "2.00 s of audio" in found.findings[8].detail
+    assert done == [(index, 14) for index in range(1, 15)]
     assert list(found.counts()) == [kind for kind, _, _ in kinds(found)]
     assert found.to_json()["findings"][2]["id"] == "broken"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -351,11 +352,21 @@ def test_a_run_can_be_audited(parts, tmp_path, capsys):
     (report,) = json.loads(capsys.readouterr().out)["stages"].values()
     assert report["ok"]
     assert len(report["epochs"]) > 1
+    assert 0 < report["num_ids"] < report["num_records"]
+    assert main(["data", "audit", str(tmp_path / "run")]) == 0
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    epochs = f"epochs 0 to {report['epochs'][-1]}"
+    expected = f"over {report['num_ids']} ids in {epochs}, {report['num_records']} places in steps"
+    assert verdict.startswith("stage tune: ")
+    assert " checks passed" in verdict
+    assert verdict.endswith(expected)
     path = tmp_path / "run" / "samples" / "tune" / "samples-rank0.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:2] + lines[3:]) + "\n")
     assert main(["data", "audit", str(tmp_path / "run")]) == 2
-    assert "the audit failed in stage tune" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "the audit failed in stage tune" in captured.err
+    assert re.search(r" of 9 checks passed; failed: .*coverage", captured.out)
 
 
 def test_a_run_without_a_log_of_samples_cannot_be_audited(parts, tmp_path, capsys):
@@ -372,6 +383,11 @@ def test_a_dry_audit_of_a_config(parts, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "coverage" in shown
     assert "FAIL" not in shown
+    last = [line for line in shown.splitlines() if line.startswith("stage tune, ranks × workers ")]
+    assert [line.split(":")[0].rpartition("workers ")[2] for line in last] == ["1 × 0", "1 × 1", "2 × 0", "2 × 1"]
+    for line in last:
+        # as far as the step goes in which the epoch ends
+        assert re.search(r": all 10 checks passed; over 29 ids in epochs 0 to 1, \d+ places in steps$", line)
 
 
 def test_ranks_need_evenly_many_batches(parts, tmp_path):

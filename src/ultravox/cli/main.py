@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from ultravox import __version__
 from ultravox.errors import ConfigError, UltravoxError
+from ultravox.files import DISK_ERRORS
 
 COMMANDS = {
     "train": "train a model as a config file says",
@@ -46,17 +47,6 @@ ACTIONS = {
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full; free some space and start again",
-    errno.EDQUOT: "your disk quota is used up; free some space and start again",
-    errno.EROFS: "the file system is read-only; choose another place",
-    errno.EACCES: "permission denied; choose another place or change its permissions",
-    errno.EPERM: "nothing can be written there; choose another place",
-    errno.EEXIST: "there is a file where a folder is needed; choose another place",
-    errno.ENOTDIR: "there is a file where a folder is needed; choose another place",
-    errno.EISDIR: "there is a folder where a file is needed; choose another place",
-    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
-}
 
 
 class _Parser(argparse.ArgumentParser):

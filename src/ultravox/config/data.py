@@ -31,6 +31,14 @@ class FilterConfig(Section):
         None, min_length=1, description="languages to use, as the rows name them; null = all"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> "FilterConfig":
+        for unit in ("seconds", "characters_per_second"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"min_{unit} = {least:g} is more than max_{unit} = {most:g}, so no clip is left")
+        return self
+
 
 class SourceConfig(Section):
     """One dataset that training draws from."""

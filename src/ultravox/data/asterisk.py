@@ -17,8 +17,8 @@ import numpy as np
 from ultravox.data.manifest import Clip, is_whole, write_dataset
 from ultravox.data.splits import is_heldout, normalise_text
 from ultravox.errors import DataError, NetworkError
-from ultravox.files import atomic_folder, explain_full_disk, sha256_file, ultravox_home
-from ultravox.packages import working
+from ultravox.files import atomic_folder, explain_full_disk, make_folder, sha256_file, ultravox_home
+from ultravox.packages import say_new_home, working
 
 NAME = "asterisk-en"
 LICENCE = "CC-BY-SA-3.0"
@@ -87,7 +87,8 @@ def fetch_asterisk_en(stand_in: Callable[[Path], None] | None = None) -> Path:
     if missing:
         _make_stand_in(folder, missing[0], stand_in)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    say_new_home()
+    make_folder(folder.parent)
     with explain_full_disk(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".asterisk.") as temporary:
         packages = download_packages(list(PACKAGES), Path(temporary))
         for package in packages.values():
@@ -159,7 +160,7 @@ def download_packages(names: list[str], folder: Path) -> dict[str, Path]:
             private = ["-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
             with working("fetching Debian's package lists"):
                 _run(["apt-get", *private, "-q", "-o", "APT::Update::Error-Mode=any", "update"], NetworkError)
-        with working(f"downloading Debian packages {', '.join(names)}"):
+        with working(f"downloading Debian packages {', '.join(names)} to {ultravox_home() / 'data'}"):
             try:
                 _run(["apt-get", *private, "-q", "download", *names], NetworkError, folder)
             except NetworkError:

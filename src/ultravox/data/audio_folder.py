@@ -60,12 +60,30 @@ def metadata_files(folder: Path) -> dict[str, Path]:
     return {path.parent.name: path for path in below}  # a folder's .csv comes after its .jsonl, and is taken
 
 
+def _check_head(path: Path, names: list[str]) -> None:
+    """DataError when the first line of a CSV file is not the names of columns, separated by commas."""
+    if not names:
+        raise DataError(f"{path} is empty: expected a first line such as file_name,text and a line for each recording")
+    for sign, called in ((";", "semicolons"), ("\t", "tabs"), ("|", "upright strokes")):
+        if len(names) == 1 and sign in names[0]:
+            raise DataError(
+                f"{path}, line 1: the columns are separated by {called} ({names[0]!r}): expected commas; save it "
+                "again as CSV with commas"
+            )
+    if recording := next((name for name in names if name and (path.parent / name).is_file()), None):
+        raise DataError(
+            f"{path}, line 1: expected the names of the columns, found a row (of {recording}): add a first line "
+            "such as file_name,text"
+        )
+
+
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and columns of each row; an empty cell is null."""
     with open_rows(path) as file:
         text = file.read().removeprefix(BYTE_ORDER_MARK)
     try:
         reader = csv.DictReader(io.StringIO(text.decode("utf-8"), newline=""), strict=True)
+        _check_head(path, list(reader.fieldnames or ()))
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():

@@ -20,7 +20,7 @@ import numpy as np
 
 from ultravox.audio.content import Audio, audio_sha256
 from ultravox.errors import AudioError
-from ultravox.files import atomic_write
+from ultravox.files import atomic_write, make_folder
 
 FORMAT_VERSION = 1
 RACY_SECONDS = 2.0
@@ -92,7 +92,7 @@ class AudioHashes:
         recent = time.time_ns() - int(RACY_SECONDS * 1e9)
         settled = np.maximum(records["mtime"], records["ctime"]) < recent
         new = [i for i in np.flatnonzero(~remembered & settled) if found[files[i]] is not None]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         if not new or not os.access(self.path.parent, os.W_OK):  # a cache on a read-only disk is used as it is
             return
         added = records[new]

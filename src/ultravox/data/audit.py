@@ -5,7 +5,7 @@ for. Each check says what was expected, what came, and the first examples of wha
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,6 +53,8 @@ class AuditReport:
 
     checks: list[Check]
     num_records: int
+    num_ids: int
+    """Different examples among them."""
     num_superseded: int
     """Records of steps that a later attempt made again."""
     num_attempts: int
@@ -75,7 +77,21 @@ class AuditReport:
 
     def __rich__(self) -> Any:
         """The checks as a table."""
-        return checks_table(self.checks, f"{self.num_records} records, order {self.order_hash[:16]}")
+        return checks_table(self.checks, f"{self.num_records} places in steps, order {self.order_hash[:16]}")
+
+    def verdict(self, more: Sequence[Check] = ()) -> str:
+        """How many checks, these and `more`, came to what, and on how much."""
+        by_outcome: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+        for check in [*self.checks, *more]:
+            by_outcome[check.passed].append(check.name)
+        total = sum(map(len, by_outcome.values()))
+        all_passed = len(by_outcome[True]) == total
+        parts = [f"all {total} checks passed" if all_passed else f"{len(by_outcome[True])} of {total} checks passed"]
+        parts += [f"failed: {', '.join(by_outcome[False])}"] * bool(by_outcome[False])
+        parts += [f"too little to judge: {', '.join(by_outcome[None])}"] * bool(by_outcome[None])
+        first, last = min(self.epochs), max(self.epochs)
+        epochs = f"epoch {first}" if first == last else f"epochs {first} to {last}"
+        return f"{'; '.join(parts)}; over {self.num_ids} ids in {epochs}, {self.num_records} places in steps"
 
 
 def checks_table(checks: list[Check], title: str) -> Any:
@@ -102,6 +118,7 @@ def audit_records(records: Records, expected: Expected) -> AuditReport:
     return AuditReport(
         checks=audit.checks(),
         num_records=len(found),
+        num_ids=len(np.unique(found.uid)),
         num_superseded=found.num_superseded,
         num_attempts=len(found.first_steps),
         num_ranks=len(np.unique(found.rank)),
@@ -139,7 +156,7 @@ def compare_orders(reports: Mapping[str, AuditReport]) -> Check:
         "one order for every setting",
         not odd if len(hashes) > 1 else None,
         f"{first[:16]} in all of {', '.join(hashes)}",
-        f"{len(set(hashes.values()))} orders",
+        "one order" if not odd else f"{len(set(hashes.values()))} orders",
         odd[:MOST_EXAMPLES],
     )
 
@@ -191,23 +208,25 @@ class Audit:
         # all records of examples that come too often in their epoch
         concerned = np.flatnonzero(np.isin(self._codes(), self._codes(over)) & self._known) if len(over) else over
         total = len(self.expected.uids)
-        epochs = f"{len(self._complete)} complete epoch(s)"
+        epochs = "the complete epoch" if len(self._complete) == 1 else f"each of {len(self._complete)} complete epochs"
         return [
             self.known_check(),
             self._epochs_check(),
             Check(
                 "coverage",
                 num_missing == 0 if self._complete else None,
-                f"each of {total} examples as often as the mixture asks, in {epochs}",
+                f"each of {total} ids as often as the mixture asks, in {epochs}",
                 f"{num_missing} missing",
                 [_name(self.expected.uids[row]) for row in missing],
             ),
-            self._records_check("repeats", "none in an epoch beyond what the mixture asks", over),
+            self._records_check("repeats", "no id more often in an epoch than the mixture asks", over),
             self._records_check(
-                "padding", "no example again to fill a batch or the epoch's last step", self._pads(over, concerned)
+                "padding", "no id again to fill up a batch or an epoch's last step", self._pads(over, concerned)
             ),
             self._records_check(
-                "overlap between ranks", "each micro-batch and each example on one", self._shared(over, concerned)
+                "overlap between ranks",
+                "each micro-batch, and each id of an epoch, on one rank",
+                self._shared(over, concerned),
             ),
             self.steps_check(),
             self._mixture_check(),
@@ -217,7 +236,8 @@ class Audit:
     def _records_check(self, name: str, expected: str, wrong: np.ndarray) -> Check:
         """A check that no record may fail; `wrong` are those that do."""
         examples = [f"{_name(self.records.uid[i])} in step {self.records.step[i]}" for i in wrong[:MOST_EXAMPLES]]
-        return Check(name, not len(wrong), expected, f"{len(wrong)} records" if len(wrong) else "none", examples)
+        found = f"{len(wrong)} exceptions" if len(wrong) else "no exception"
+        return Check(name, not len(wrong), expected, found, examples)
 
     def known_check(self) -> Check:
         """Whether each record is of a row that there is, and of its source."""
@@ -225,7 +245,8 @@ class Audit:
         said = np.array([[name == known for name in self.records.source_names] for known in mixture.names])
         of_row = np.repeat(np.arange(len(mixture.sizes)), mixture.sizes)[self._rows]  # anything, where unknown
         right = self._known & said[of_row, self.records.source]
-        return self._records_check("known examples", "each is one of the data's, of its source", np.flatnonzero(~right))
+        expected = "each id is in the source that it is logged for"
+        return self._records_check("known examples", expected, np.flatnonzero(~right))
 
     def _epochs_check(self) -> Check:
         """Whether the asked epochs were begun, one after the other."""
@@ -274,7 +295,7 @@ class Audit:
             "steps",
             not len(gaps) and not len(twice),
             f"{width} micro-batch(es) in each of the steps {first} to {last}",
-            f"{len(gaps)} steps with others" + (f", {len(twice)} places twice" if len(twice) else ""),
+            f"{len(gaps)} steps with another number" + (f", {len(twice)} places twice" if len(twice) else ""),
             [f"step {first + i}: {seen[i]}" for i in gaps[:MOST_EXAMPLES]],
         )
 
@@ -333,7 +354,7 @@ class Audit:
         return Check(
             "order differs between epochs",
             not same if len(parts) > 1 else None,
-            f"{len(parts)} orders",
+            f"{len(parts)} different orders in {len(parts)} epochs",
             f"{len(set(hashes.values()))}, by their first {count} examples",
             same[:MOST_EXAMPLES],
         )

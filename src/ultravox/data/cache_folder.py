@@ -24,7 +24,7 @@ import numpy as np
 from ultravox.audio.lengths import SAMPLE_RATE
 from ultravox.data.cache_shards import FORMAT_VERSION, Shard, find_shards
 from ultravox.errors import DataError
-from ultravox.files import ultravox_home
+from ultravox.files import locked, make_folder, ultravox_home
 
 KEY_FILE, LOCK_FILE, READERS_FILE = "key.json", "lock", "readers"
 HASHES_FILE = "audio-hashes.bin"
@@ -47,7 +47,7 @@ def hold(folder: Path) -> IO:
     """Say that this process uses a key's folder (made if need be), until the file that comes back is closed."""
     path = folder / READERS_FILE
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             file = path.open("r" if path.exists() else "a")  # "r" is enough, and works on a read-only disk
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -60,9 +60,8 @@ def hold(folder: Path) -> IO:
 
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """Keep other builders of a key out; waits for one that is there. The folder must be held."""
-    with (folder / LOCK_FILE).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Keep other builders of a key out; waits for one that is there, and says so. The folder must be held."""
+    with locked(folder / LOCK_FILE, f"computes features in {folder}"):
         yield
 
 
@@ -223,6 +222,8 @@ class Cleared:
     num_shards: int = 0
     """Of keys that stay."""
     num_bytes: int = 0
+    num_hash_tables: int = 0
+    """1 when the remembered hashes of audio files went too."""
     in_use: list[str] = field(default_factory=list)
     """Keys that stay because a running process uses them."""
 
@@ -241,12 +242,15 @@ def clear(prefix: str = "", older_than_days: float = 0.0) -> Cleared:
     folders = [folder for folder in key_folders() if folder.name.startswith(prefix)]
     if prefix and not folders:
         raise DataError(f"no cached features have a key that begins with {prefix!r}: see `ultravox data cache info`")
+    if not features_folder().is_dir():
+        return cleared
     before = time.time() - older_than_days * 86_400
     with _removing():
         cleared.num_bytes += _empty_trash()
         for folder in folders:
             _clear_key(folder, before, cleared)
     if not prefix and not older_than_days:
+        cleared.num_hash_tables = int((features_folder() / HASHES_FILE).exists())
         cleared.num_bytes += Shard.num_bytes(features_folder() / HASHES_FILE)
         (features_folder() / HASHES_FILE).unlink(missing_ok=True)
     return cleared
@@ -283,9 +287,7 @@ def remove_key(folder: Path) -> int | None:
 @contextmanager
 def _removing() -> Iterator[None]:
     """One at a time: two who make room at once would each remove enough for both."""
-    features_folder().mkdir(parents=True, exist_ok=True)
-    with (features_folder() / LOCK_FILE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(make_folder(features_folder()) / LOCK_FILE, f"removes features in {features_folder()}"):
         yield
 
 
@@ -347,5 +349,6 @@ def _last_use(folder: Path) -> float:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(Shard.num_bytes(Path(place) / name) for place, _, names in os.walk(folder) for name in names)
+    """Bytes of all files below a folder, but for the few that a lock says its holder in."""
+    files = (Path(place) / name for place, _, names in os.walk(folder) for name in names if name != LOCK_FILE)
+    return sum(map(Shard.num_bytes, files))

@@ -154,10 +154,21 @@ def file_below(folder: Path) -> Callable[[Any], Audio]:
             raise AudioError(f"'audio' must be a string, or a list of them, got {value!r}")
         path = os.path.join(base, value)
         if not os.path.isfile(path):
-            raise AudioError(f"the audio file {path} does not exist")
+            raise no_file(path if value else "")
         return Path(path)
 
     return locate
+
+
+def no_file(path: str) -> AudioError:
+    """What to say of a place where an audio file was to be."""
+    if not path:
+        return AudioError("'audio' names no file: it is empty")
+    return AudioError(
+        f"{path} is a folder: name an audio file in it"
+        if os.path.isdir(path)
+        else f"the audio file {path} does not exist"
+    )
 
 
 def _remembering(function: Callable[[Audio], float]) -> Callable[[Audio], float]:

@@ -100,15 +100,20 @@ def _stretches(clip: Clip, template: PromptTemplate, prompt_index: int, tokenize
 
 def _checked(messages: list[Message], clip: Clip, tokenizer: Any) -> list[Message]:
     """The same messages, with nothing in them that the tokenizer would take for the beginning or end of a turn."""
-    special = _special_tokens(tokenizer, len(tokenizer))
+    special = special_tokens(tokenizer)
     for message in messages:
         if found := special.search(message["content"].replace(AUDIO_TOKEN, "")):
             raise UnusableRow(INJECTED, clip.id, f"{found[0]} as a text")
     return messages
 
 
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """What a tokenizer reads as one special token, wherever it stands in a text."""
+    return _special_tokens(tokenizer, len(tokenizer))
+
+
 @lru_cache(maxsize=16)
 def _special_tokens(tokenizer: Any, num_entries: int) -> re.Pattern[str]:
-    """What a tokenizer reads as one special token, wherever it stands. `num_entries` is the tokenizer's length."""
+    """`num_entries` is the tokenizer's length: tokens may be added."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, sorted({*added, *tokenizer.all_special_tokens}))))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ultravox.data.clip import Clip
+from ultravox.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,12 @@ class Filters:
     min_characters_per_second: float | None = None
     max_characters_per_second: float | None = None
     languages: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for unit in ("seconds", "characters_per_second"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if least is not None and most is not None and least > most:
+                raise DataError(f"min_{unit} = {least:g} is more than max_{unit} = {most:g}, so no clip is left")
 
     def reason(self, clip: Clip) -> str | None:
         """Why a clip is left out, in words of `quarantine.ASKED_FOR`; None = it is used.

@@ -20,9 +20,9 @@ import pyarrow as pa
 from ultravox.audio.content import Audio
 from ultravox.data import arrow_audio
 from ultravox.data.arrow_audio import ArrowCell, EmbeddedAudio, RemoteAudio
-from ultravox.data.clip import RowFault, RowReader
+from ultravox.data.clip import RowFault, RowReader, no_file
 from ultravox.data.source import Row, ShardedSource, SourceSpec
-from ultravox.errors import AudioError, DataError, NetworkError
+from ultravox.errors import DataError, NetworkError
 from ultravox.files import ultravox_home
 
 ROWS_AT_ONCE = 64
@@ -217,7 +217,7 @@ class HuggingFaceSource(ShardedSource):
             return RemoteAudio(path)
         file = Path(path) if self.root is None else self.root.absolute() / path
         if not file.is_file():
-            raise AudioError(f"the audio file {file} does not exist")
+            raise no_file(str(file))
         return file
 
 

@@ -6,6 +6,7 @@ the text. A row of a conversation has a list of files in ``audio``, and ``messag
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,8 @@ FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MANIFEST_SUFFIXES = (".jsonl", ".json")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".webm", ".mp4")
+MOST_NAMED = 3
 BUNDLED_DATASETS = ("asterisk-en", "synthetic-en", "spoken-requests-en")
 
 
@@ -35,8 +38,25 @@ def dataset_folder(source: str | Path) -> Path:
         names = ", ".join(BUNDLED_DATASETS)
         raise DataError(f"no dataset {source}: expected one of {names}, a dataset or audio folder, or a .jsonl file")
     if not (path / DATASET_FILE).is_file():
-        raise DataError(f"{path} is not a dataset folder: it has neither {DATASET_FILE} nor metadata.csv")
+        raise DataError(f"{path} is not a dataset{_what_is_there(path)}")
     return path.absolute()
+
+
+def _what_is_there(path: Path) -> str:
+    """Why a file or folder is no dataset, by what is in it, and what to do."""
+    if path.is_file():
+        return f": a file of rows ends in {' or '.join(MANIFEST_SUFFIXES)}, or is a Parquet file"
+    manifests = sorted(one.name for one in path.iterdir() if one.suffix in MANIFEST_SUFFIXES)
+    if manifests:
+        names = f"{', '.join(manifests[:MOST_NAMED])}{' …' if len(manifests) > MOST_NAMED else ''}"
+        return f" folder: it has no {DATASET_FILE}, but {names}: name such a file itself, as {path / manifests[0]}"
+    recording = next((one for one in sorted(path.rglob("*")) if one.suffix.lower() in AUDIO_SUFFIXES), None)
+    if recording is not None:
+        return (
+            f" folder: it holds recordings, such as {recording.relative_to(path)}, and nothing says what is said in "
+            f"them: write {path / 'metadata.csv'} with the first line file_name,text and a line for each recording"
+        )
+    return f" folder: it has neither {DATASET_FILE} nor metadata.csv"
 
 
 def read_dataset(source: str | Path) -> dict[str, Any]:
@@ -169,6 +189,13 @@ def open_rows(path: Path) -> BinaryIO:
 
 def row_of(line: bytes, place: str) -> dict[str, Any]:
     """The JSON object of a line, or a DataError."""
+    if line.lstrip().startswith(b"[") and place.endswith(", line 1"):
+        file = Path(place.removesuffix(", line 1"))
+        lines = file.with_name(f"{file.stem}.lines.jsonl")
+        raise DataError(
+            f"{place}: a JSON array begins here: expected one JSON object on each line, as "
+            f"`jq -c '.[]' {shlex.quote(str(file))} > {shlex.quote(str(lines))}` writes them"
+        )
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -28,6 +28,7 @@ from ultravox.data.quarantine import Quarantine
 from ultravox.data.shard import LeftOut, ShardReport, ShardTask, made_with
 from ultravox.data.sharding import CountTokens, PrepareOptions, Rows, SplitPlan, make_tasks, plan_split
 from ultravox.errors import DataError
+from ultravox.files import make_folder
 
 SHARE_OPTION = "--max-quarantine-share"
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")  # what Hugging Face `datasets` takes
@@ -188,7 +189,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
     """
     partial = output.with_name(f"{output.name}.partial")
     for name in ("data", "work"):
-        (partial / name).mkdir(parents=True, exist_ok=True)
+        make_folder(partial / name)
     lock = partial / "work" / "lock"
     with open(lock, "w") as file:
         try:

@@ -315,7 +315,8 @@ def read_all(source: Source, most: int | None = None, *, strict: bool = False) -
         else:
             faults.append(found)
     if not clips and not faults:
-        raise DataError(f"{source.name} holds no clips")
+        split = "" if is_manifest(source.name) else f", split {source.spec.split!r},"
+        raise DataError(f"{source.name}{split} holds no clips")
     return clips, faults
 
 

@@ -99,6 +99,7 @@ def make_speech_dataset(
     allowed: HeldoutFilter | None = None,
     answerer: Answerer | None = None,
     workers: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Make a dataset folder, or go on with one; nothing is done when it is there already.
 
@@ -109,6 +110,7 @@ def make_speech_dataset(
         allowed: refuses held-out texts.
         answerer: answers the texts that have no answer of their own.
         workers: readings made at once; None = one for each processor core. It changes no result.
+        overwrite: remove a dataset that is there, once the texts are known to be good.
 
     Returns:
         The content of ``dataset.json``.
@@ -127,14 +129,20 @@ def make_speech_dataset(
         "answers": answerer.name if answerer else None,
     }
     settings = json.loads(json.dumps(settings))
-    if (info := _finished(folder, settings)) is not None:
+    if overwrite:
+        _require_dataset(folder)
+    elif (info := _finished(folder, settings)) is not None:
         return info
+    chosen = None if source.costly else _choose(source, None, recipe, allowed)
+    if chosen is not None:  # what is wrong with the texts is found before anything is written
+        list(_rows(chosen[0], folder.name, recipe))
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
     journal = Journal(folder / JOURNAL, settings)
     try:
         for half_written in folder.rglob(".*"):  # what a kill left of atomic writes
             half_written.unlink()
-        texts, left_out = select_texts(source.texts(journal), recipe.num_texts, allowed, recipe.max_characters)
-        texts = [_completed(text, recipe) for text in texts]
+        texts, left_out = chosen or _choose(source, journal, recipe, allowed)
         texts, unanswered = _answered(texts, answerer, journal, recipe)
         rows = list(_rows(texts, folder.name, recipe))
         shards, order = _shards(rows, folder, recipe.seed)
@@ -154,13 +162,11 @@ def make_speech_dataset(
     return read_dataset(folder)
 
 
-def remove_dataset(folder: Path) -> None:
-    """Remove a dataset folder, finished or not; DataError when it is something else."""
-    if not folder.exists():
-        return
-    if not folder.is_dir() or not ((folder / DATASET_FILE).is_file() or (folder / JOURNAL).is_file()):
+def _require_dataset(folder: Path) -> None:
+    """DataError when what is to be overwritten is no dataset, finished or not."""
+    is_dataset = folder.is_dir() and ((folder / DATASET_FILE).is_file() or (folder / JOURNAL).is_file())
+    if folder.exists() and not is_dataset:
         raise DataError(f"{folder} is no dataset, so it is not overwritten: choose another place")
-    shutil.rmtree(folder)
 
 
 def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -181,8 +187,16 @@ def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return info
 
 
-def _completed(text: SpokenText, recipe: Recipe) -> SpokenText:
-    return replace(text, licence=text.licence or recipe.licence, language=text.language or recipe.language)
+def _choose(
+    source: TextSource, journal: Journal | None, recipe: Recipe, allowed: HeldoutFilter
+) -> tuple[list[SpokenText], list[LeftOut]]:
+    """The texts to be spoken, with licence and language, and those that are not."""
+    texts, left_out = select_texts(source.texts(journal), recipe.num_texts, allowed, recipe.max_characters)
+    completed = [
+        replace(text, licence=text.licence or recipe.licence, language=text.language or recipe.language)
+        for text in texts
+    ]
+    return completed, left_out
 
 
 def _answered(

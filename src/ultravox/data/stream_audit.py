@@ -64,6 +64,7 @@ def audit_streams(records: Records, expected: ExpectedStreams) -> AuditReport:
     return AuditReport(
         checks=checks,
         num_records=len(found),
+        num_ids=len(np.unique(found.uid)),
         num_superseded=found.num_superseded,
         num_attempts=len(found.first_steps),
         num_ranks=len(np.unique(found.rank)),

@@ -19,6 +19,7 @@ from ultravox.data.splits import HeldoutFilter, is_heldout
 from ultravox.data.texts.sentences import request_texts, transcription_texts
 from ultravox.data.voices import fetch_joe, voice_classes
 from ultravox.files import atomic_folder, ultravox_home
+from ultravox.packages import say_new_home
 
 LICENCE = "CC0-1.0"
 ATTRIBUTION = (
@@ -119,6 +120,7 @@ def _fetch(
     settings = {"generator": GENERATOR_VERSION, **settings}
     if is_whole(folder) and read_dataset(folder).get("settings") == settings:
         return folder
+    say_new_home()
     sentences = texts()
     with atomic_folder(folder) as target:
         _write(target, name, settings, sentences, split_of)

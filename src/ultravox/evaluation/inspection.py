@@ -3,6 +3,7 @@
 Distributions are of the rows' own durations; with decoding, each file is also heard, and held against its row.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,8 +20,10 @@ from ultravox.data.filters import characters_per_second, num_characters, total_s
 from ultravox.data.quarantine import ID_TWICE
 from ultravox.errors import AudioError
 from ultravox.metrics.normalize import spoken_form
+from ultravox.tokens import AUDIO_TOKEN
 
 FORMAT_VERSION = 1
+PLACEHOLDER = re.compile(re.escape(AUDIO_TOKEN))
 
 # Fluent English is at 12 to 18 characters a second; outside of these, text and audio rarely belong together.
 FAST_CHARACTERS_PER_SECOND = 30.0
@@ -36,13 +39,14 @@ FAULTS = {
     ID_TWICE: "another row of the split has this id",
     "unreadable": "the audio cannot be decoded",
     "no text": "no letter or digit in the transcript",
+    "special token": "a text holds what a tokenizer takes for the beginning or end of a turn or for a recording",
     "text in two splits": "a training text is also an evaluation text",
     "audio in two splits": "one file's content stands in two splits",
     "audio twice": "one file's content stands under two ids of a split",
+    "wrong duration": "the row's duration is not the audio's",
 }
 DOUBTS = {
     "no audio": 'a text alone, which only the task "text" can use',
-    "wrong duration": "the row's duration is not the audio's",
     "silent": f"no sample above {SILENT_PEAK:g} of full scale",
     "clipped": f"more than {CLIPPED_SHARE:.0%} of the samples at full scale",
     "fast": f"more than {FAST_CHARACTERS_PER_SECOND:g} characters a second",
@@ -112,6 +116,7 @@ def inspect_splits(
     *,
     faults: Mapping[str, Sequence[RowFault]] | None = None,
     decode: bool = True,
+    special: re.Pattern[str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Look at every row, and hear every file.
@@ -120,6 +125,7 @@ def inspect_splits(
         splits: name → clips. The training splits (`training_splits`) are held against each other one.
         faults: name of a split → its rows that gave no clip.
         decode: also decode the audio; without it a row's duration is believed.
+        special: what no text may hold (`data.examples.special_tokens`); None = the placeholder of a recording alone.
         on_progress: told how many clips of how many are done.
     """
     findings: list[Finding] = []
@@ -130,7 +136,7 @@ def inspect_splits(
             kind = fault.reason if fault.reason == ID_TWICE else "unusable"
             findings.append(Finding(kind, split, fault.name, str(fault)))
         for clip in clips:
-            found = _of_text(clip)
+            found = _of_text(clip) + _of_tokens(clip, special or PLACEHOLDER)
             for audio, seconds in [(clip.audio, clip.duration), *clip.more_audio]:
                 found += _of_audio(audio, seconds, decode)
                 if digest := _digest(audio):
@@ -158,6 +164,13 @@ def _of_text(clip: Clip) -> list[tuple[str, str]]:
     if rate < SLOW_CHARACTERS_PER_SECOND and clip.duration >= MIN_SLOW_SECONDS:
         return [("slow", f"{rate:.1f} characters a second")]
     return []
+
+
+def _of_tokens(clip: Clip, special: re.Pattern[str]) -> list[tuple[str, str]]:
+    """Of the transcript, the answer and each turn; a conversation's placeholders were counted on reading."""
+    texts = [clip.text, clip.answer or "", *(turn["content"].replace(AUDIO_TOKEN, "") for turn in clip.messages or ())]
+    found = [match[0] for text in texts if (match := special.search(text))]
+    return [("special token", f"{found[0]} as a text")] if found else []
 
 
 def _of_audio(audio: Audio, declared: float, decode: bool) -> list[tuple[str, str]]:

@@ -4,9 +4,7 @@ Beside it stand ``predictions.jsonl`` with every raw text and ``alignment.json``
 ``ultravox.evaluation.report`` turns the three into a page. ``results.json`` is written last: where it is, the rest is.
 """
 
-import errno
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from ultravox.evaluation.extent import default_output, parts_left_out
 from ultravox.evaluation.scoring import Bootstrap, Score, absent, audio_use
 from ultravox.evaluation.system import Progress, System, in_batches, no_progress
 from ultravox.evaluation.token_view import METHOD as TOKEN_VIEW_METHOD
-from ultravox.files import atomic_write
+from ultravox.files import atomic_write, require_place
 from ultravox.metrics.normalize import normaliser_identity, normalize_english
 from ultravox.training.measure import peak_memory_bytes
 
@@ -358,8 +356,7 @@ def evaluate(
         fast=settings.fast,
     )
     folder = Path(output) if output is not None else default_output(found, source, split, is_partial=bool(missing))
-    if folder.exists() and not folder.is_dir():  # before the minutes that the rest takes
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    require_place(folder)  # before the minutes that the rest takes
     if system is None:
         from ultravox.evaluation.loading import load_system
 

@@ -1,5 +1,6 @@
 """The one place that reads a model configuration and puts the parts together; and the way back from a folder."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ultravox.model.configuration import ENCODERS, UltravoxConfig
 from ultravox.model.folder import find_model_folder
 from ultravox.model.kernels import use_fast_linears
 from ultravox.model.modeling import UltravoxModel
-from ultravox.model.pretrained import quiet_loading, resolve_model
+from ultravox.model.pretrained import BUNDLED, quiet_loading, resolve_model
 from ultravox.model.processing import UltravoxProcessor, add_audio_token
 from ultravox.tokens import AUDIO_TOKEN
 
@@ -238,9 +239,12 @@ def _load(kind: Any, path: str, name: str, dtype: torch.dtype) -> Any:
 
 def _unavailable(what: str, name: str, error: Exception) -> ModelError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # by the last word of a hub id too: with its owner, or in capitals, a bundled model is easily meant
+    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), BUNDLED, n=1, cutoff=0.75)
     return ModelError(
-        f"no {what} of {name!r} could be loaded ({reason}): expected a bundled name (ultravox models list), "
-        "a local model folder, or a hub id and a network"
+        f"no {what} of {name!r} could be loaded ({reason}): "
+        + (f"did you mean {close[0]!r}? " if close else "")
+        + "expected a bundled name (ultravox models list), a local model folder, or a hub id and a network"
     )
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ultravox.errors import ConfigError, UltravoxError
+from ultravox.files import make_folder, making
 
 #: What a run leaves behind; a new run in the same folder removes it.
 RUN_FILES = (
@@ -28,8 +29,9 @@ RUN_FILES = (
 
 def lock(run_dir: Path, stack: ExitStack) -> None:
     """Keep a run folder for this process until `stack` closes."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context((run_dir / ".lock").open("a+"))  # not "w", which would wipe out the holder's number
+    make_folder(run_dir)
+    with making(run_dir):  # not "w", which would wipe out the holder's number
+        file = stack.enter_context((run_dir / ".lock").open("a+"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -59,9 +59,10 @@ def _post_hoc(args: argparse.Namespace) -> int:
         print(json.dumps({"version": FORMAT_VERSION, "stages": stages}))
     else:
         for name, report in reports.items():
-            attempts = f"{report.num_attempts} attempt(s), {report.num_superseded} records trained again"
-            Console().print(f"stage {name}: {report.num_ranks} rank(s), {attempts}")
+            again = f"{report.num_superseded} places in steps trained again"
+            Console().print(f"stage {name}: {report.num_ranks} rank(s), begun {report.num_attempts} time(s), {again}")
             Console().print(report)
+            print(f"stage {name}: {report.verdict()}")
     return _verdict([name for name, report in reports.items() if not report.ok])
 
 
@@ -86,9 +87,11 @@ def _dry(args: argparse.Namespace) -> int:
                 if not report.ok:
                     Console().print(f"stage {name}, ranks × workers {setting}")
                     Console().print(report)
-            first = next(iter(dry.settings.values()))
-            title = f"stage {name}: {first.num_records} records, epochs {first.epochs[0]} to {first.epochs[-1]}"
+            shown, first = next(iter(dry.settings.items()))
+            title = f"stage {name}, ranks × workers {shown}: epochs {first.epochs[0]} to {first.epochs[-1]}"
             Console().print(checks_table([*first.checks, dry.same_order], title))
+            for setting, report in dry.settings.items():
+                print(f"stage {name}, ranks × workers {setting}: {report.verdict([dry.same_order])}")
     if args.json:
         print(json.dumps({"version": FORMAT_VERSION, "stages": found}))
     return _verdict(failed)

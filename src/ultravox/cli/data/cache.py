@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ultravox.cli.names import hours
 from ultravox.errors import DataError, UltravoxError
 
 if TYPE_CHECKING:
@@ -75,12 +76,12 @@ def _build(args: argparse.Namespace) -> int:
         raise UltravoxError("every stage of this config augments waveforms, so that a run caches nothing")
     report, lengths = data.cache_report, data.examples.lengths
     others = [version.seconds for example in data.progress_examples for version in example.versions]
-    hours = (float(lengths.seconds.sum()) + sum(others)) / 3600
+    seconds = float(lengths.seconds.sum()) + sum(others)
     left_out = ", ".join(f"{count} {reason}" for reason, count in data.quarantine.counts().items())
     print(
         f"{len(lengths) + len(data.progress_examples)} clips, "
         f"{int(lengths.exists.sum()) + len(others)} versions with their speeds, "
-        f"{hours:.2f} h, {_size(report.num_bytes)}{f'; left out: {left_out}' if left_out else ''}\n"
+        f"{hours(seconds)}, {_size(report.num_bytes)}{f'; left out: {left_out}' if left_out else ''}\n"
         f"{report.num_encoded} encoded in {report.num_encoder_calls} encoder calls, {report.seconds:.1f} s "
         f"({report.wait_seconds:.1f} s of it waiting for decoded audio)\n{data.features.cache.folder}"
     )
@@ -104,7 +105,8 @@ def _info(args: argparse.Namespace) -> int:
         )
     else:
         _print(infos)
-        print(f"{_size(features_bytes())} in {features_folder()}")
+        none = "" if infos else "no cached features: "
+        print(f"{none}{len(infos)} keys, {_size(features_bytes())} ({features_bytes()} bytes) in {features_folder()}")
     damaged = sum(info.num_damaged_entries or 0 for info in infos)
     if damaged:
         message = f"{damaged} entries are damaged; the next run that needs them makes them again"
@@ -113,7 +115,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _clear(args: argparse.Namespace) -> int:
-    from ultravox.data.cache_folder import clear
+    from ultravox.data.cache_folder import clear, features_bytes, features_folder
 
     if args.all and (args.key is not None or args.older_than_days is not None):
         raise UltravoxError("--all clears everything: leave out --key and --older-than-days")
@@ -122,8 +124,14 @@ def _clear(args: argparse.Namespace) -> int:
     if args.older_than_days is not None and not args.older_than_days >= 0:
         raise UltravoxError(f"--older-than-days takes a number from 0, got {args.older_than_days:g}")
     cleared = clear(args.key or "", args.older_than_days or 0.0)
-    kept = f"; {', '.join(cleared.in_use)} stay: running processes use them" if cleared.in_use else ""
-    print(f"freed {_size(cleared.num_bytes)}: {cleared.num_keys} keys, {cleared.num_shards} shards of others{kept}")
+    counts = {"key": cleared.num_keys, "shard of other keys": cleared.num_shards}
+    counts["table of audio files' hashes"] = cleared.num_hash_tables
+    what = [f"{count} {name if count == 1 else _plural(name)}" for name, count in counts.items() if count]
+    freed = f"{_size(cleared.num_bytes)} ({cleared.num_bytes} bytes)"
+    removed = f"removed {', '.join(what)}: {freed}" if what or cleared.num_bytes else "nothing to remove"
+    print(f"{removed} in {features_folder()}; {_size(features_bytes())} are left there")
+    if cleared.in_use:
+        print(f"kept, since running processes use them: {', '.join(cleared.in_use)}")
     if cleared.in_use and not (cleared.num_keys or cleared.num_shards):
         raise DataError("nothing was cleared: running processes use it; try again when they have ended")
     return 0
@@ -137,10 +145,10 @@ def _print(infos: "list[KeyInfo]") -> None:
         kind = f"{info.preprocessing}, {info.num_channels} × {info.dtype}"
         age = "in use" if info.in_use else time.strftime("%Y-%m-%d %H:%M", time.localtime(info.last_use))
         version = "unknown" if info.version is None else str(info.version)
-        hours = f"{info.audio_seconds / 3600:.2f}" if info.audio_seconds else "–"  # older indexes do not tell
+        length = hours(info.audio_seconds) if info.audio_seconds else "–"  # older indexes do not tell
         size = _size(info.num_bytes)
-        rows.append((info.id[:12], version, info.encoder, kind, f"{info.num_entries}", hours, size, age, info.health))
-    titles = ("key", "format", "encoder", "what", "entries", "hours", "size", "last use", "health")
+        rows.append((info.id[:12], version, info.encoder, kind, f"{info.num_entries}", length, size, age, info.health))
+    titles = ("key", "format", "encoder", "what", "entries", "audio", "size", "last use", "health")
     if rows:
         print_table(titles, rows)
 
@@ -155,6 +163,11 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
     with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task("checking", total=total)
         yield lambda: progress.advance(task)
+
+
+def _plural(name: str) -> str:
+    first, _, rest = name.partition(" ")
+    return f"{first}s {rest}".rstrip()
 
 
 def _size(num_bytes: int) -> str:

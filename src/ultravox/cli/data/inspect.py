@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultravox.cli.names import parse_columns
+from ultravox.cli.names import hours, parse_columns
 from ultravox.errors import DataError
+from ultravox.files import require_place
 
 if TYPE_CHECKING:
     from ultravox.data.clip import Clip, RowFault
@@ -34,7 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", metavar="NAME", help="configuration of a Hugging Face dataset")
     parser.add_argument("--format", metavar="KIND", default="auto", help="kind of source (default: by what is there)")
     parser.add_argument(
-        "--columns", metavar="OURS=THEIRS", action="append", default=[], help="name of a column; may be repeated"
+        "--columns",
+        metavar="[SOURCE:]OURS=THEIRS",
+        action="append",
+        default=[],
+        help="name of a column, of every source or of one; may be repeated",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="MODEL", help="also look for texts that hold special tokens of this model's tokenizer"
     )
     parser.add_argument("--max-clips", metavar="N", type=int, help="the first so many rows of each split")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with histograms and players")
@@ -49,8 +57,21 @@ def run(args: argparse.Namespace) -> int:
     """Inspect the splits of some sources together."""
     from ultravox.evaluation.inspection import inspect_splits
 
+    if args.html is not None:  # before the minutes of decoding
+        require_place(args.html.parent)
+        if args.html.is_dir():
+            raise DataError(f"--html {args.html} is a folder: name the file to write")
+    special = None
+    if args.tokenizer is not None:
+        from ultravox.cli.datasets import DEFAULT_CHAT_TEMPLATE
+        from ultravox.data.examples import special_tokens
+        from ultravox.model.factory import load_tokenizer
+
+        special = special_tokens(load_tokenizer(args.tokenizer, DEFAULT_CHAT_TEMPLATE))
     splits, faults = _load(args)
-    inspection = inspect_splits(splits, faults=faults, decode=not args.no_decode, on_progress=_progress())
+    inspection = inspect_splits(
+        splits, faults=faults, decode=not args.no_decode, special=special, on_progress=_progress()
+    )
     if args.html is not None:
         from ultravox.evaluation.dataset_page import write_dataset_page
 
@@ -75,13 +96,13 @@ def _load(args: argparse.Namespace) -> "tuple[dict[str, list[Clip]], dict[str, l
     from ultravox.data.source import SourceSpec
     from ultravox.data.sources import open_source, read_all
 
-    columns = parse_columns(args.columns)
+    columns = parse_columns(args.columns, args.sources)
     if args.max_clips is not None and args.max_clips < 1:
         raise DataError(f"--max-clips takes a number of at least 1, got {args.max_clips}")
     splits: dict[str, list[Clip]] = {}
     faults: dict[str, list[RowFault]] = {}
     for source in args.sources:
-        spec = SourceSpec(source, args.format, subset=args.subset, columns=columns, needs_audio=False)
+        spec = SourceSpec(source, args.format, subset=args.subset, columns=columns[source], needs_audio=False)
         for split in args.split or open_source(spec).splits():
             if split in splits:
                 raise DataError(f"{source}: another source has a split {split!r} too; inspect them one by one")
@@ -117,12 +138,12 @@ def _print(inspection: "Inspection") -> None:
 
     console = Console(highlight=False)
     table = Table(title=None, title_justify="left")
-    for column in ("split", "clips", "hours", "words", "different", "texts", "speakers", "licences"):
+    for column in ("split", "clips", "audio", "words", "different", "texts", "speakers", "licences"):
         table.add_column(column, justify="left" if column in ("split", "licences") else "right")
     for split in inspection.splits:
         numbers = (split.num_words, split.vocabulary, split.num_texts, split.num_speakers)
         licences = ", ".join(split.licences)
-        table.add_row(split.name, str(split.num_clips), f"{split.seconds / 3600:.2f}", *map(str, numbers), licences)
+        table.add_row(split.name, str(split.num_clips), hours(split.seconds), *map(str, numbers), licences)
     console.print(table)
     table = Table()
     for column in ("", "split", *QUANTILES):
@@ -132,8 +153,8 @@ def _print(inspection: "Inspection") -> None:
             table.add_row(title, split.name, *(f"{value:.1f}" for value in values.values()))
     console.print(table)
     for split in inspection.splits:
-        hours = ", ".join(f"{language} {seconds / 3600:.2f} h" for language, seconds in split.languages.items())
-        console.print(f"languages of {split.name}: {hours}", markup=False, soft_wrap=True)
+        lengths = ", ".join(f"{language} {hours(seconds)}" for language, seconds in split.languages.items())
+        console.print(f"languages of {split.name}: {lengths}", markup=False, soft_wrap=True)
     for kind, count in inspection.counts().items():
         console.print(f"{count} × {kind}: {MEANINGS[kind]}", markup=False, soft_wrap=True)
     if not inspection.findings:

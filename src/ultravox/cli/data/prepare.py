@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ultravox.cli.names import parse_columns
+from ultravox.cli.names import hours, parse_columns
 from ultravox.errors import UltravoxError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def epilog() -> str:
 examples:
   ultravox data prepare asterisk-en --output prepared/asterisk
   ultravox data prepare train.jsonl heldout.jsonl --output prepared/mine --tokenizer smollm2-135m-instruct
+  ultravox data prepare ours.jsonl theirs.jsonl --columns theirs.jsonl:text=sentence --output prepared/both
   ultravox data prepare corpus/ --splits train --output prepared/corpus --shards-multiple-of 64 --workers 16
 """
 
@@ -48,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="commit, tag or branch of a dataset on the hub")
     parser.add_argument("--format", metavar="KIND", default="auto", help="kind of source (default: by what is there)")
     parser.add_argument(
-        "--columns", metavar="OURS=THEIRS", action="append", default=[], help="name of a column; may be repeated"
+        "--columns",
+        metavar="[SOURCE:]OURS=THEIRS",
+        action="append",
+        default=[],
+        help="name of a column, of every source or of one; may be repeated",
     )
     parser.add_argument("--tokenizer", metavar="MODEL", help="count each text's tokens by this model's tokenizer")
     rows = parser.add_argument_group("rows")
@@ -134,13 +139,13 @@ def _open(args: argparse.Namespace) -> "tuple[dict[str, Rows], list[dict[str, An
     from ultravox.data.source import SourceSpec
     from ultravox.data.sources import open_source
 
-    columns = parse_columns(args.columns)
+    columns = parse_columns(args.columns, args.sources)
     parts: dict[str, list[SourceSpec]] = {}
     sources: list[dict[str, Any]] = []
     there: list[str] = []
     for name in args.sources:
         spec = SourceSpec(
-            name, args.format, subset=args.subset, revision=args.revision, columns=columns, needs_audio=False
+            name, args.format, subset=args.subset, revision=args.revision, columns=columns[name], needs_audio=False
         )
         source = open_source(spec)
         about = source.describe()
@@ -216,9 +221,9 @@ def _print(prepared: "Prepared", output: str) -> None:
     rows = []
     for name, split in info["splits"].items():
         megabytes = sum(shard["num_bytes"] for shard in split["shards"]) / 1e6
-        hours = f"{split['seconds'] / 3600:.2f}"
-        rows.append((name, str(split["num_rows"]), hours, str(len(split["shards"])), f"{megabytes:.1f}"))
-    print_table(("split", "rows", "hours", "shards", "MB"), rows)
+        length = hours(split["seconds"])
+        rows.append((name, str(split["num_rows"]), length, str(len(split["shards"])), f"{megabytes:.1f}"))
+    print_table(("split", "rows", "audio", "shards", "MB"), rows)
     for reason, count in info["quarantine"]["counts"].items():
         print(f"{count} × left out: {reason}")
     if info["quarantine"]["counts"]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultravox.cli.datasets import DEFAULT_CHAT_TEMPLATE
+from ultravox.cli.names import hours
 from ultravox.errors import UltravoxError
 
 if TYPE_CHECKING:
@@ -135,20 +136,24 @@ def run(args: argparse.Namespace) -> int:
     """Make the dataset, and say what came out."""
     _check(args)
     from ultravox.cli.datasets import answered_by, text_answers
-    from ultravox.data.speech_dataset import QUARANTINE, Answerer, make_speech_dataset, remove_dataset
+    from ultravox.data.speech_dataset import QUARANTINE, Answerer, make_speech_dataset
 
     source, recipe = _source(args), _recipe(args)
     answerer = args.answers and Answerer(
         answered_by(args.answers, args.chat_template), text_answers(args.answers, args.chat_template)
     )
     allowed = _heldout_filter(args.heldout)
-    if args.overwrite:
-        remove_dataset(args.output)
     info = make_speech_dataset(
-        args.output, source, recipe, allowed=allowed, answerer=answerer or None, workers=args.workers
+        args.output,
+        source,
+        recipe,
+        allowed=allowed,
+        answerer=answerer or None,
+        workers=args.workers,
+        overwrite=args.overwrite,
     )
     for split, entry in info["splits"].items():
-        print(f"{args.output}: {split}, {entry['num_clips']} clips, {entry['seconds'] / 60:.1f} minutes")
+        print(f"{args.output}: {split}, {entry['num_clips']} clips, {hours(entry['seconds'])}")
     set_aside = {"texts left out": info["texts_left_out"], "readings set aside": info["readings_quarantined"]}
     if found := ", ".join(f"{what}: {count}" for what, count in set_aside.items() if count):
         print(f"{args.output / QUARANTINE}: {found}")

@@ -57,6 +57,7 @@ class TemplateTexts:
     values: Values
     sample: bool = False
     seed: int = 0
+    costly = False
 
     def __post_init__(self) -> None:
         _ = self._compiled  # so that a mistake is found at once
@@ -86,7 +87,7 @@ class TemplateTexts:
                 raise DataError(f"the template {template!r} names {missing[0]!r}, but the values are: {known}")
         return compiled
 
-    def texts(self, journal: Journal) -> Iterator[SpokenText]:
+    def texts(self, journal: Journal | None = None) -> Iterator[SpokenText]:
         """See ``TextSource``."""
         generator = random.Random(self.seed)
         streams = [

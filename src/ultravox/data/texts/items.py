@@ -39,12 +39,17 @@ class SpokenText:
 class TextSource(Protocol):
     """Where texts come from."""
 
+    @property
+    def costly(self) -> bool:
+        """Whether texts take time or money, so that they are kept in the journal; the others can be had beforehand."""
+        ...
+
     def settings(self) -> dict[str, Any]:
         """What decides the texts."""
         ...
 
-    def texts(self, journal: Journal) -> Iterator[SpokenText]:
-        """Candidates in order; costly ones are kept in the journal, and come from there the next time."""
+    def texts(self, journal: Journal | None) -> Iterator[SpokenText]:
+        """Candidates in order; costly ones need a journal, are kept in it, and come from there the next time."""
         ...
 
 
@@ -61,6 +66,7 @@ class FileTexts:
     """A ``.txt`` with a text on each line, or a ``.jsonl`` of rows with "text" and whatever else."""
 
     path: Path
+    costly = False
 
     def settings(self) -> dict[str, Any]:
         """See ``TextSource``. The file is known by its content."""
@@ -71,7 +77,7 @@ class FileTexts:
         except OSError as error:
             raise DataError(f"cannot read the texts {self.path}: {error.strerror}") from error
 
-    def texts(self, journal: Journal) -> Iterator[SpokenText]:
+    def texts(self, journal: Journal | None = None) -> Iterator[SpokenText]:
         """See ``TextSource``. DataError names file and line."""
         for place, line in read_lines(self.path):
             source = f"{self.path.name}:{place.rpartition(' ')[2]}"

@@ -44,6 +44,7 @@ class WrittenTexts:
     language: str = ""
     seed: int = 0
     where: str = ""
+    costly = True
 
     def settings(self) -> dict[str, Any]:
         """See ``TextSource``."""
@@ -60,8 +61,9 @@ class WrittenTexts:
             parts.append(f"It is in the language {self.language}.")
         return " ".join([*parts, f'It has to do with the word "{word}".', "Write nothing else."])
 
-    def texts(self, journal: Journal) -> Iterator[SpokenText]:
+    def texts(self, journal: Journal | None) -> Iterator[SpokenText]:
         """See ``TextSource``. DataError when the model does not give one text for each prompt."""
+        assert journal is not None, "what a language model writes is kept"
         words = vocabulary()["common"][NUM_COMMON:]
         generator = random.Random(self.seed)
         size = min(BATCH, self.num_texts)
