@@ -2,6 +2,8 @@
 
 import pytest
 
+from ultravox.data.sources import load_clips
+from ultravox.errors import UltravoxError
 from ultravox.inference.repetition import repeated_tail
 
 
@@ -22,3 +24,21 @@ from ultravox.inference.repetition import repeated_tail
 )
 def test_repeated_tail(tokens: list[int], repeated: int) -> None:
     assert repeated_tail(tokens) == repeated
+
+
+@pytest.mark.network
+def test_no_transcript_of_the_quickstart_is_cut_anywhere(not_fetched) -> None:
+    """What people and voices really say there, with the quickstart's tokenizer, as it stands and in its spoken form."""
+    from ultravox.data.synthesize import fetch_synthetic_en
+    from ultravox.metrics.normalize import spoken_form
+    from ultravox.model.factory import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer("smollm2-135m-instruct")
+        texts = [clip.text for name in ("asterisk-en", fetch_synthetic_en()) for clip in load_clips(name, "train")]
+    except UltravoxError as error:
+        not_fetched(error)
+    assert len(texts) == 1323
+    for text in [*texts, *map(spoken_form, texts)]:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        assert not [end for end in range(len(tokens) + 1) if repeated_tail(tokens[:end])], text
