@@ -86,6 +86,16 @@ def test_each_parts_gradient_and_update_are_measured_and_change_nothing(dtype):
         assert torch.equal(layer.weight, twins[name].weight)
 
 
+def test_a_part_without_gradients_measures_as_still():
+    layer, still = nn.Linear(2, 2), nn.Parameter(torch.ones(2, 2))
+    groups = [ParameterGroup("a", {"w": layer.weight}, 1e-2), ParameterGroup("b", {"v": still}, 1e-2)]
+    optimizer = Optimizer(groups, weight_decay=0, betas=(0.9, 0.99), eps=1e-8)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step(divisor=1, max_grad_norm=1, lr_factor=1, measure=True)
+    assert optimizer.measured["grad_norm_b"] == optimizer.measured["update_ratio_b"] == 0
+    assert optimizer.measured["update_ratio_a"] > 0
+
+
 def test_state_of_other_parameters_is_refused():
     layer = nn.Linear(4, 3)
     optimizer = Optimizer([ParameterGroup("a", {"w": layer.weight}, 1e-2)], weight_decay=0, betas=(0.9, 0.99), eps=1e-8)

@@ -15,6 +15,7 @@ ENCODER_STRIDE = 2  # the Whisper encoder's second convolution halves the frames
 ENCODER_FRAMES_PER_SECOND = MEL_FRAMES_PER_SECOND // ENCODER_STRIDE  # 50
 MAX_WINDOW_SECONDS = 30  # Whisper's position table ends here
 MAX_WINDOW_SAMPLES = MAX_WINDOW_SECONDS * SAMPLE_RATE
+FILTERBANK_SAMPLES = 400  # 25 ms, Kaldi's window
 MIN_MEL_FRAMES = 2  # the spectrogram's reflected border (200 samples) needs more samples than one hop
 
 
@@ -43,6 +44,16 @@ def num_convolution_frames(num_samples: int, layers: Sequence[Sequence[int]]) ->
     for kernel, stride in layers:
         frames = (frames - kernel) // stride + 1
     return max(0, frames)
+
+
+def num_filterbank_frames(num_samples: int) -> int:
+    """Frames of Kaldi's filterbank, 25 ms each and 10 ms apart, all of them inside the window of `num_samples`."""
+    return max(0, 1 + (num_samples - FILTERBANK_SAMPLES) // HOP_LENGTH)
+
+
+def num_stacked_frames(num_frames: Count, stride: int) -> Count:
+    """Stacks of `stride` filterbank frames (W2v-BERT 2.0), the last one zero-padded: no frame is lost."""
+    return _ceil_div(num_frames, stride)
 
 
 def receptive_field(layers: Sequence[Sequence[int]]) -> int:

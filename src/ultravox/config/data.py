@@ -36,7 +36,8 @@ class FilterConfig(Section):
         for unit in ("seconds", "characters_per_second"):
             least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if least is not None and most is not None and least > most:
-                raise ValueError(f"min_{unit} = {least:g} is more than max_{unit} = {most:g}, so no clip is left")
+                message = f"min_{unit} = {least:g} is more than max_{unit} = {most:g}, so no clip is left"
+                raise misfit(message, f"min_{unit}", f"max_{unit}")
         return self
 
 

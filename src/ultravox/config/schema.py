@@ -54,6 +54,13 @@ class ModelConfig(Section):
     projector_hidden_size: int = Field(
         2048, ge=2, multiple_of=2, description="width inside the projector, before SwiGLU halves it"
     )
+    audio_encoder_layers: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="keep only so many of the encoder's layers, from the first one on: quicker, and earlier layers of "
+        "some encoders carry more of what is said; null = all",
+    )
     chat_template: Name = Field(
         "model", description='"model" = the language model\'s own chat template, or the path of a Jinja file'
     )

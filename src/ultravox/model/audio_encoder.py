@@ -1,4 +1,8 @@
-"""Audio encoders behind one interface: Whisper on the true length, wav2vec 2.0 and HuBERT on the waveform."""
+"""Audio encoders behind one interface: Whisper on the true length, wav2vec 2.0 and its kin, W2v-BERT 2.0.
+
+Whisper: Radford et al. 2022, arXiv 2212.04356; wav2vec 2.0: Baevski et al. 2020, arXiv 2006.11477; HuBERT: Hsu et al.
+2021, arXiv 2106.07447; WavLM: Chen et al. 2021, arXiv 2110.13900; W2v-BERT 2.0: Barrault et al. 2023, arXiv 2312.05187.
+"""
 
 import abc
 from typing import Any
@@ -11,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from ultravox.audio.features import FeatureExtractor, LogMel, NormalizedWaveform
+from ultravox.audio.features import FeatureExtractor, LogMel, NormalizedWaveform, StackedFilterbank
 from ultravox.audio.lengths import (
     ENCODER_FRAMES_PER_SECOND,
+    HOP_LENGTH,
     SAMPLE_RATE,
     num_convolution_frames,
     num_encoder_frames,
@@ -115,8 +120,12 @@ def _zero_padding(features: Tensor, lengths: Tensor) -> Tensor:
     return features * length_mask(lengths, features.shape[-1])[:, None, :]
 
 
+#: Kinds whose convolutions between the layers look into the padding, whatever mask they are given (transformers 5).
+_LEAKY = ("data2vec-audio", "wav2vec2-conformer")
+
+
 class WaveformAudioEncoder(AudioEncoder):
-    """HuBERT or wav2vec 2.0: convolutions over the samples, then a Transformer."""
+    """wav2vec 2.0 and its kin (`WAVEFORM_ENCODERS`): convolutions over the samples, then a Transformer."""
 
     def __init__(self, config: PretrainedConfig, *, normalize: bool = True):
         super().__init__()
@@ -130,7 +139,8 @@ class WaveformAudioEncoder(AudioEncoder):
         self.frames_per_second = SAMPLE_RATE // int(np.prod(config.conv_stride))
         self.feature_extractor = NormalizedWaveform(normalize=normalize)
         # A group norm over time sees the padding of the whole clip, so such encoders run clip by clip.
-        self.runs_one_by_one = config.feat_extract_norm == "group"
+        has_group_norm = getattr(config, "feat_extract_norm", "layer") == "group"
+        self.runs_one_by_one = has_group_norm or config.model_type in _LEAKY
 
     def frame_lengths(self, feature_lengths: Int[Tensor, " clip"]) -> Int[Tensor, " clip"]:
         """Frames that the convolutions leave."""
@@ -160,6 +170,65 @@ class WaveformAudioEncoder(AudioEncoder):
         return hidden * length_mask(frame_lengths, hidden.shape[1])[..., None], frame_lengths
 
 
+class Wav2Vec2BertAudioEncoder(AudioEncoder):
+    """W2v-BERT 2.0: a Conformer over stacked filterbanks, one frame for each stack."""
+
+    def __init__(self, config: PretrainedConfig, feature_extractor: StackedFilterbank | None = None):
+        super().__init__()
+        config.apply_spec_augment = False  # masking is ours to do (audio/augment.py)
+        if config.add_adapter:
+            raise ModelError("the encoder's own adapter shortens its frames once more: load one with add_adapter false")
+        self.encoder = AutoModel.from_config(config)
+        self.config = config
+        self.hidden_size = config.hidden_size
+        extractor = feature_extractor or StackedFilterbank()
+        if config.feature_projection_input_dim != extractor.num_mel_bins * extractor.stride:
+            raise ModelError(
+                f"the encoder reads {config.feature_projection_input_dim} channels, its feature extractor gives "
+                f"{extractor.num_mel_bins} × {extractor.stride}: take both from one checkpoint"
+            )
+        self.feature_extractor = extractor
+        self.min_samples = extractor.min_samples
+        self.frames_per_second = SAMPLE_RATE // HOP_LENGTH // extractor.stride
+
+    def frame_lengths(self, feature_lengths: Int[Tensor, " clip"]) -> Int[Tensor, " clip"]:
+        """As many as stacks."""
+        return feature_lengths
+
+    def forward(
+        self, features: Float[Tensor, "clip channel time"], feature_lengths: Int[Tensor, " clip"]
+    ) -> tuple[Float[Tensor, "clip frame hidden"], Int[Tensor, " clip"]]:
+        """Stacked filterbanks and their lengths → frames, 50 a second."""
+        inputs = features.transpose(1, 2).to(self.encoder.dtype)
+        if bool((feature_lengths == inputs.shape[1]).all()):
+            return self.encoder(inputs).last_hidden_state, feature_lengths
+        mask = length_mask(feature_lengths, inputs.shape[1])
+        inputs = inputs * mask[..., None]
+        hidden = self.encoder(inputs, attention_mask=mask.long()).last_hidden_state
+        return hidden * mask[..., None], feature_lengths
+
+
+def keep_layers(encoder: AudioEncoder, count: int) -> None:
+    """Drop all but the first `count` Transformer layers: earlier layers of some encoders carry more of what is said.
+
+    A norm that stands behind the last layer stands behind the last one kept. The configuration says how many are left,
+    so that the checkpoint is an ordinary one of its kind.
+
+    Raises:
+        ModelError: there are not so many.
+    """
+    owner: Any = encoder if isinstance(encoder, WhisperAudioEncoder) else getattr(encoder.encoder, "encoder", None)
+    have = len(owner.layers)
+    if not 1 <= count <= have:
+        raise ModelError(f"the audio encoder has {have} layers, so {count} cannot be kept: lower audio_encoder_layers")
+    owner.layers = owner.layers[:count]
+    for module in (encoder, getattr(encoder, "encoder", encoder)):
+        config: Any = module.config
+        config.num_hidden_layers = count  # Whisper's name for its encoder's layers, too
+        if isinstance(encoder, WhisperAudioEncoder):
+            config.encoder_layers = count
+
+
 def encoder_from_config(config: PretrainedConfig) -> AudioEncoder:
     """A randomly initialised encoder of the kind that the configuration names.
 
@@ -168,6 +237,8 @@ def encoder_from_config(config: PretrainedConfig) -> AudioEncoder:
     """
     if config.model_type == "whisper":
         return WhisperAudioEncoder(config)
+    if config.model_type == "wav2vec2-bert":
+        return Wav2Vec2BertAudioEncoder(config)
     if config.model_type in ENCODERS:
         return WaveformAudioEncoder(config)
     raise ModelError(f"{config.model_type!r} is no audio encoder that is known here: expected {', '.join(ENCODERS)}")

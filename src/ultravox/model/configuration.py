@@ -4,9 +4,17 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-#: Whisper, and the encoders that hear the waveform itself
-WAVEFORM_ENCODERS = ("hubert", "wav2vec2")
-ENCODERS = ("whisper", *WAVEFORM_ENCODERS)
+#: Encoders that hear the waveform itself, through convolutions without padding
+WAVEFORM_ENCODERS = (
+    "data2vec-audio",
+    "hubert",
+    "unispeech",
+    "unispeech-sat",
+    "wav2vec2",
+    "wav2vec2-conformer",
+    "wavlm",
+)
+ENCODERS = ("whisper", *WAVEFORM_ENCODERS, "wav2vec2-bert")
 
 
 def _sub_config(config: PretrainedConfig | dict[str, Any] | None, default: str) -> PretrainedConfig:
@@ -20,7 +28,7 @@ class UltravoxConfig(PretrainedConfig):
     """An audio encoder, a projector and a causal language model.
 
     Args:
-        audio_config: the encoder's configuration (Whisper, HuBERT or wav2vec 2.0), or its dictionary.
+        audio_config: the encoder's configuration (Whisper, HuBERT, wav2vec 2.0, W2v-BERT 2.0 …), or its dictionary.
         text_config: the language model's configuration, or its dictionary.
         audio_model_id: where the encoder's weights are; None = in this checkpoint.
         text_model_id: where the language model's weights are; None = in this checkpoint.

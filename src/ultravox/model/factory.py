@@ -17,11 +17,18 @@ from transformers import (
     WhisperModel,
 )
 
+from ultravox.audio.features import StackedFilterbank, feature_extractor_of
 from ultravox.config.schema import ModelConfig
 from ultravox.errors import CheckpointError, ConfigError, ModelError
 from ultravox.model.adapters import add_lora
-from ultravox.model.audio_encoder import AudioEncoder, WaveformAudioEncoder, WhisperAudioEncoder
-from ultravox.model.configuration import ENCODERS, UltravoxConfig
+from ultravox.model.audio_encoder import (
+    AudioEncoder,
+    Wav2Vec2BertAudioEncoder,
+    WaveformAudioEncoder,
+    WhisperAudioEncoder,
+    keep_layers,
+)
+from ultravox.model.configuration import ENCODERS, WAVEFORM_ENCODERS, UltravoxConfig
 from ultravox.model.folder import find_model_folder
 from ultravox.model.kernels import use_fast_linears
 from ultravox.model.modeling import UltravoxModel
@@ -40,6 +47,8 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     """
     dtype = getattr(torch, model.dtype)
     audio_tower = load_audio_encoder(model.audio_encoder, dtype)
+    if model.audio_encoder_layers is not None:
+        keep_layers(audio_tower, model.audio_encoder_layers)
     language_model = load_language_model(model.language_model, dtype)
     tokenizer = load_tokenizer(model.language_model, model.chat_template)
     config = UltravoxConfig(
@@ -85,7 +94,7 @@ def build_processor(model: ModelConfig) -> UltravoxProcessor:
 
 
 def load_audio_encoder(name: str, dtype: torch.dtype = torch.float32) -> AudioEncoder:
-    """A Whisper, HuBERT or wav2vec 2.0 encoder with its weights, from a bundled name, a folder or a hub id.
+    """An encoder of a kind in `ENCODERS` with its weights, from a bundled name, a folder or a hub id.
 
     Raises:
         ModelError: not found, or no audio encoder.
@@ -98,7 +107,8 @@ def load_audio_encoder(name: str, dtype: torch.dtype = torch.float32) -> AudioEn
             "such as 'whisper-tiny.en'"
         )
     if config.model_type != "whisper":
-        encoder = WaveformAudioEncoder(config, normalize=_normalizes(path))
+        with torch.device("meta"):
+            encoder = _wrapped(config, path)
         encoder.encoder = _load(AutoModel, path, name, dtype)
         encoder.encoder.config.apply_spec_augment = False
         return encoder
@@ -257,9 +267,22 @@ def _read_template(name: str) -> str:
 
 
 def _convolution_layers(config: PretrainedConfig) -> list[list[int]] | None:
-    if config.model_type == "whisper":
+    if config.model_type not in WAVEFORM_ENCODERS:
         return None
     return [list(layer) for layer in zip(config.conv_kernel, config.conv_stride, strict=True)]
+
+
+def _wrapped(config: PretrainedConfig, path: str) -> WaveformAudioEncoder | Wav2Vec2BertAudioEncoder:
+    """An encoder that is not Whisper, with the features that its folder asks for, and weights still to come."""
+    if config.model_type != "wav2vec2-bert":
+        return WaveformAudioEncoder(config, normalize=_normalizes(path))
+    try:
+        features = feature_extractor_of(AutoFeatureExtractor.from_pretrained(path))
+    except OSError:  # no preprocessor_config.json: transformers' own defaults
+        features = StackedFilterbank()
+    if not isinstance(features, StackedFilterbank):
+        raise ModelError(f"{path} is a W2v-BERT 2.0 with a feature extractor of another kind; take both from one model")
+    return Wav2Vec2BertAudioEncoder(config, features)
 
 
 def _normalizes(path: str) -> bool:

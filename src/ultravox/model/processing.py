@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
-from ultravox.audio.features import FeatureExtractor, LogMel, NormalizedWaveform, windows
+from ultravox.audio.features import FeatureExtractor, StackedFilterbank, feature_extractor_of, windows
 from ultravox.audio.lengths import (
     HOP_LENGTH,
     SAMPLE_RATE,
@@ -36,7 +36,8 @@ class UltravoxProcessor(ProcessorMixin):
     """Expands each ``<|audio|>`` to its clip's positions and computes the encoder's features.
 
     Args:
-        audio_processor: a WhisperFeatureExtractor or a Wav2Vec2FeatureExtractor; its settings decide the features.
+        audio_processor: a WhisperFeatureExtractor, Wav2Vec2FeatureExtractor or SeamlessM4TFeatureExtractor; its
+            settings decide the features.
         tokenizer: with ``<|audio|>`` as one special token.
         stack_factor: encoder frames per language model position.
         convolution_layers: (kernel, stride) of each layer of an encoder that hears the waveform; None for Whisper.
@@ -73,22 +74,25 @@ class UltravoxProcessor(ProcessorMixin):
     @property
     def features(self) -> FeatureExtractor:
         """The function from a window's waveform to the encoder's features."""
-        if self.convolution_layers is None:
-            return LogMel(self.audio_processor.feature_size)
-        return NormalizedWaveform(normalize=self.audio_processor.do_normalize)
+        return feature_extractor_of(self.audio_processor)
 
     @property
     def min_samples(self) -> int:
         """The shortest window that the encoder makes a frame of."""
-        return 1 if self.convolution_layers is None else receptive_field(self.convolution_layers)
+        if self.convolution_layers is not None:
+            return receptive_field(self.convolution_layers)
+        extractor = self.features
+        return extractor.min_samples if isinstance(extractor, StackedFilterbank) else 1
 
     def window_tokens(self, num_samples: int) -> list[int]:
         """Language model positions of each 30 s window of a clip."""
         lengths, extractor = window_lengths(num_samples, self.min_samples), self.features
-        if self.convolution_layers is None:
-            frames = [num_encoder_frames(extractor.length(length)) for length in lengths]
-        else:
+        if self.convolution_layers is not None:
             frames = [num_convolution_frames(length, self.convolution_layers) for length in lengths]
+        elif isinstance(extractor, StackedFilterbank):
+            frames = [extractor.length(length) for length in lengths]
+        else:
+            frames = [num_encoder_frames(extractor.length(length)) for length in lengths]
         return [num_audio_tokens(count, self.stack_factor) for count in frames]
 
     def __call__(

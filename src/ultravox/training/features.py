@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ultravox.audio.augment import augment_frames, generator_for
-from ultravox.audio.features import NormalizedWaveform, windows
+from ultravox.audio.features import NormalizedWaveform, StackedFilterbank, windows
 from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE, window_lengths
 from ultravox.config.data import AugmentConfig
 from ultravox.data.cache import CacheKey, FeatureCache
@@ -32,6 +32,8 @@ class Features:
         preprocessing = f"{type(extractor).__name__}-{extractor.version}"
         if isinstance(extractor, NormalizedWaveform):  # neither weights nor configuration of the encoder tell
             preprocessing += "-normalized" if extractor.normalize else "-raw"
+        if isinstance(extractor, StackedFilterbank):
+            preprocessing += f"-{extractor.num_mel_bins}x{extractor.stride}"
         if self.trains:
             channels = int(self.encoder.features(np.zeros(1600, dtype=np.float32)).shape[0])
             key = CacheKey("features only", preprocessing, channels, "float32")

@@ -118,9 +118,9 @@ class Optimizer:
     def _measure(self, what: str, tensor_of: Callable[[str, nn.Parameter], Tensor | None], factor: float) -> None:
         """Note the norm of one tensor for each parameter, over each part."""
         for group in self.groups:
-            tensors = [tensor_of(name, self._masters[name]) for name in group.parameters]
-            norms = torch._foreach_norm([tensor for tensor in tensors if tensor is not None])
-            norm = torch.linalg.vector_norm(torch.stack(norms)).item() if norms else 0.0
+            found = (tensor_of(name, self._masters[name]) for name in group.parameters)
+            tensors = [tensor for tensor in found if tensor is not None]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item() if tensors else 0.0
             self.measured[f"{what}_{group.part}"] = norm * factor
 
     def state_dict(self) -> dict[str, Tensor]:
