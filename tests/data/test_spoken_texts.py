@@ -56,7 +56,7 @@ def test_rows_keep_their_columns(tmp_path, journal):
         ('{"text": 3}', r"line 1: 'text' must be a string, got 3"),
         ('{"text": "a", "id": 3}', r"line 1: 'id' must be a string, got 3"),
         ('{"text": "a"}\n{"te', r"line 2: not a whole JSON object"),
-        ("[1]", "line 1: expected a JSON object"),
+        ("[1]", "line 1: a JSON array begins here"),
     ],
 )
 def test_a_bad_row_is_named(content, message, tmp_path, journal):
