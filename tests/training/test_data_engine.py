@@ -311,7 +311,7 @@ def test_a_weight_of_nothing_is_refused(parts, tmp_path, capsys, weight):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "weight" in error
-    assert "greater than 0" in error
+    assert "expected a number > 0 or null" in error
 
 
 def test_an_empty_split_is_refused(parts, tmp_path):
