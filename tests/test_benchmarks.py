@@ -385,3 +385,27 @@ def test_the_feature_cache_is_measured(tmp_path, monkeypatch):
     for part in ("start", "reading", "decoding"):
         assert set(figures[part]) == set(kept[part])
         assert all(value > 0 for value in figures[part].values())
+
+
+def test_what_the_docs_say_of_logits_and_metrics_is_what_was_measured():
+    kept = json.loads((ROOT / "benchmarks" / "results" / "logits.json").read_text())
+    page = (ROOT / "docs" / "training-log.md").read_text()
+    share = kept["metrics_share"]
+    assert f"{share['mean']:.2%} [{100 * share['least']:.2f}, {100 * share['most']:.2f}] of a step" in page
+    for key in ("time_of_full", "memory_of_full"):
+        assert f"{kept[key]['mean']:.2f} × [{kept[key]['least']:.2f}, {kept[key]['most']:.2f}]" in page
+        assert kept[key]["n"] == 5
+    assert share["most"] < 0.03
+
+
+def test_logits_are_measured_as_they_are_made():
+    """One short round of each variant, in processes of their own."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "logits.py"), "--rounds", "1"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split()[0] for line in done.stdout.splitlines()[:2]] == ["supervised", "full"]
+    assert "metrics:" in done.stdout
