@@ -213,7 +213,7 @@ def test_wrong_overrides(write, overrides, message):
         (
             "{name: asterisk-en}",
             "{name: asterisk-en, filters: {min_seconds: 3, max_seconds: 2}}",
-            r"run\.yaml:7: data.sources.asterisk-en.filters: min_seconds = 3 is more than max_seconds = 2, so no clip is left",
+            r"run\.yaml:7: .*asterisk-en.filters: min_seconds = 3 is more than max_seconds = 2, so no clip is left",
         ),
         (
             "{name: asterisk-en}",
