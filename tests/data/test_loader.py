@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from ultravox.data.loader import Loader
+from ultravox.data.loader import Loader, killed_workers_explained
 from ultravox.data.order import Position
 from ultravox.errors import ConfigError, DataError
 
@@ -176,3 +176,16 @@ def test_the_loaders_thread_starts_no_threads_beside_the_steps_own():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_killed_worker_is_told_also_where_what_it_interrupted_says_something_else():
+    def interrupted():
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        except RuntimeError:
+            raise TypeError("not the type that was expected")  # noqa: B904 - as a library would
+
+    with pytest.raises(DataError, match=r"was killed \(DataLoader worker \(pid 7\)"), killed_workers_explained():
+        interrupted()
+    with pytest.raises(TypeError, match="ours"), killed_workers_explained():
+        raise TypeError("ours")

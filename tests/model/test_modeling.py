@@ -247,6 +247,13 @@ def test_adapters_are_merged_in_the_file_and_kept_in_the_model(tiny_model, tiny_
     torch.testing.assert_close(loaded(**batch).logits, before, atol=1e-4, rtol=1e-4)  # W + BA, summed once or twice
 
 
+def test_an_adapter_on_weights_that_the_embeddings_share_is_refused(tiny_model):
+    assert tiny_model.config.text_config.tie_word_embeddings
+    with pytest.raises(ConfigError, match="lm_head shares its weights with the embeddings"):
+        add_lora(tiny_model.language_model, 2, 4.0, ["q_proj", "lm_head"])
+    assert not [name for name, _ in tiny_model.named_parameters() if "lora" in name]
+
+
 def test_flipped_byte_is_named(tiny_checkpoint):
     path = tiny_checkpoint / "model.safetensors"
     data = bytearray(path.read_bytes())

@@ -13,6 +13,7 @@ from tiny_run import tiny_config
 
 from ultravox.data.collate import collate_tokens, loss_mask
 from ultravox.metrics.token_predictions import count_predictions, pool_predictions
+from ultravox.model.adapters import add_lora
 from ultravox.model.factory import build_model, build_processor
 from ultravox.training.plateau import PlateauNotice
 from ultravox.training.progress import TerminalProgress
@@ -117,6 +118,20 @@ def test_a_run_logs_them(parts, tmp_path):
     assert not any("token_accuracy" in row for row in rows if row["stage"] == "align")
     summary = json.loads((tmp_path / "run" / "train.json").read_text())["stages"][1]
     assert summary["final_audio_use_margin"] == pytest.approx(last["audio_use_margin"], abs=1e-6)
+
+
+def test_an_adapter_on_the_output_layer_trains(task):
+    """Only where the table is its own; the loss must go through the layer, not through its weight alone."""
+    model = task.model.language_model
+    head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+    head.weight.data.copy_(model.lm_head.weight)
+    model.set_output_embeddings(head)
+    add_lora(model, 2, 4.0, ["lm_head"])
+    torch.nn.init.normal_(model.lm_head.lora_B)
+    task.train_mode()
+    task._loss(task.batch()).sum.backward()
+    assert model.lm_head.lora_A.grad.abs().max() > 0
+    assert model.lm_head.lora_B.grad.abs().max() > 0
 
 
 def look(notice: PlateauNotice, own: float, swapped: float) -> str:

@@ -162,17 +162,27 @@ class Loader:
 def killed_workers_explained() -> Iterator[None]:
     """Turn PyTorch's error for a worker that was killed into a DataError that says what to do.
 
-    PyTorch raises it from a signal handler, so also while the step computes: around that too it must stand.
+    PyTorch raises it from a signal handler, so also while the step computes: around that too it must stand. What is
+    interrupted there may turn it into an error of its own.
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except Exception as error:
+        if (killed := _of_killed_worker(error)) is None:
             raise
         raise DataError(
-            f"a process that makes batches was killed ({error}): if the machine has run out of memory, "
+            f"a process that makes batches was killed ({killed}): if the machine has run out of memory, "
             "lower data.loader.workers or data.loader.prefetch"
         ) from error
+
+
+def _of_killed_worker(error: BaseException | None) -> RuntimeError | None:
+    """PyTorch's error among an error and those that it was raised from or during."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _checked(loaded: "Loaded | UltravoxError") -> Loaded:

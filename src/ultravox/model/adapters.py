@@ -153,7 +153,8 @@ def add_lora(module: nn.Module, rank: int, alpha: float, target_modules: list[st
     Returns:
         The number of layers adapted.
     Raises:
-        ConfigError: a target that matches no linear layer, with the names that there are.
+        ConfigError: a target that matches no linear layer, with the names that there are; or one that shares its
+            weights with the embeddings.
     """
     if rank == 0:
         return 0
@@ -164,9 +165,15 @@ def add_lora(module: nn.Module, rank: int, alpha: float, target_modules: list[st
             f"LoRA target {', '.join(unknown)} matches no linear layer of {type(module).__name__}; "
             f"it has {', '.join(sorted(last_names))}"
         )
+    targets = {name: child for name, child in found.items() if name.rpartition(".")[2] in target_modules}
+    tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    if tied := [name for name, child in targets.items() if id(child.weight) in tables]:
+        raise ConfigError(
+            f"LoRA target {tied[0]} shares its weights with the embeddings of {type(module).__name__}, and those would "
+            "change with it: leave it out of target_modules"
+        )
     generator = torch.Generator().manual_seed(seed)
-    targets = [child for name, child in found.items() if name.rpartition(".")[2] in target_modules]
-    for layer in targets:
+    for layer in targets.values():
         LoraLinear.wrap(layer, rank, alpha, generator)
     return len(targets)
 

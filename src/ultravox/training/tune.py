@@ -12,7 +12,7 @@ from ultravox.config.schema import StageConfig
 from ultravox.data.collate import TokenBatch, collate_tokens, loss_mask
 from ultravox.metrics.error_rate import character_errors, word_error_rate
 from ultravox.metrics.token_predictions import count_predictions, pool_predictions
-from ultravox.model.adapters import lora_layers, merged_lora
+from ultravox.model.adapters import LoraLinear, lora_layers, merged_lora
 from ultravox.model.fusion import check_counts
 from ultravox.model.packing import Packer, find_packer
 from ultravox.objectives.cross_entropy import best_tokens, cross_entropy_with_best, next_token_positions
@@ -120,7 +120,7 @@ class TuneTask(SpeechTask):
         head = self.model.get_output_embeddings()
         text = self.model.config.text_config
         scaled = any(getattr(text, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
-        if isinstance(head, nn.Linear) and not scaled:
+        if isinstance(head, nn.Linear) and not isinstance(head, LoraLinear) and not scaled:
             return cross_entropy_with_best(hidden, labels, head.weight, head.bias)
         logits, targets = self.model.supervised_logits(hidden, labels)
         total = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
