@@ -153,7 +153,8 @@ def test_a_limit_that_no_example_fits_is_one_clear_error(parts, tmp_path):
 def test_no_batch_is_measured_that_would_take_more_than_the_limit(parts, tmp_path, monkeypatch):
     """Really measured. The largest batches that the stage allows would take two or three times the limit.
 
-    In a model so small, products compiled for a new number of rows are a tenth of a batch and more: hence the 1.3.
+    In a model so small, what is made once for a new number of rows (compiled products, the allocator's arenas) may be
+    as much as the batch itself. So each batch runs twice: the planner is told of the first run, the second is judged.
     """
     inner, taken, limit = memory_probe.measure_task, [], 0.06
 
@@ -161,14 +162,15 @@ def test_no_batch_is_measured_that_would_take_more_than_the_limit(parts, tmp_pat
         measure = inner(task)
 
         def noted(*shape):
+            told = measure(*shape)
             taken.append((shape[1] + shape[2], measure(*shape)))
-            return taken[-1][1]
+            return told
 
         return noted
 
     monkeypatch.setattr(memory_probe, "measure_task", measure_task)
     run_training(tune_config(parts, tmp_path / "run", max_batch_tokens=16000, max_batch_memory_gb=limit, max_steps=1))
-    assert max(size for _, size in taken) <= 1.3 * limit * 1e9
+    assert max(size for _, size in taken) <= limit * 1e9
     assert 1000 < max(tokens for tokens, _ in taken) < 12000, "neither the smallest alone nor all"
     assert len(state_of(tmp_path / "run", 1)["memory"]["probes"]) >= 6
 
