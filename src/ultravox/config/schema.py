@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ultravox.config.data import AugmentConfig, DataConfig
+from ultravox.config.objectives import AlignOptions, TuneOptions
 from ultravox.config.section import Beta, Name, Rate, Section, Share, misfit
 
 
@@ -98,27 +99,6 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls after that")
     final_lr_share: Share = Field(0.0, description="share of the peak rate left at the last step")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-
-
-class AlignOptions(Section):
-    """Objective `align`: CTC through the language model's own embedding rows."""
-
-    match_weight: float = Field(
-        0.5, ge=0, le=100, description="weight of pulling each position towards its expected embedding row, beside CTC"
-    )
-    vocabulary: Literal["transcripts"] = Field(
-        "transcripts", description="which rows CTC chooses among: those of the tokens that occur in the transcripts"
-    )
-
-
-class TuneOptions(Section):
-    """Objective `tune`: cross-entropy on the text through the language model."""
-
-    loss_mask: Literal["response", "after_audio", "all_text", "assistant_turns"] = Field(
-        "response",
-        description="where the loss counts: the last answer and its end token, all that follows the audio, "
-        "all text, or what the assistant says in any turn",
-    )
 
 
 class StageConfig(Section):

@@ -44,6 +44,25 @@ def tokenise(
     return TokenisedExample(input_ids, np.asarray(supervised, dtype=bool))
 
 
+def tokenise_as_text(clip: Clip, template: PromptTemplate, prompt_index: int, tokenizer: Any) -> TokenisedExample:
+    """The same dialogue with the recording's text where the recording is heard: what a teacher reads.
+
+    UnusableRow as in `tokenise`.
+    """
+    messages = _checked(template.messages(clip, prompt_index), clip, tokenizer)
+    read = [{**message, "content": _with_text(message["content"], clip.text)} for message in messages]
+    ids, supervised = encode_stretches(tokenizer, stretches(tokenizer, read))
+    return TokenisedExample(np.asarray(ids, dtype=np.int64), np.asarray(supervised, dtype=bool))
+
+
+def _with_text(content: str, text: str) -> str:
+    """A turn with the text in its recording's place, on a line of its own."""
+    before, placeholder, after = content.partition(AUDIO_TOKEN)
+    if not placeholder:
+        return content
+    return "\n".join(part for part in (before.strip(), text.strip(), after.strip()) if part)
+
+
 def token_counts(
     tokenizer: Any,
     template: PromptTemplate,

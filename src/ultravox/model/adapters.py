@@ -153,11 +153,24 @@ def add_lora(module: nn.Module, rank: int, alpha: float, target_modules: list[st
     Returns:
         The number of layers adapted.
     Raises:
-        ConfigError: a target that matches no linear layer, with the names that there are; or one that shares its
-            weights with the embeddings.
+        ConfigError: see `find_targets`.
     """
     if rank == 0:
         return 0
+    targets = find_targets(module, target_modules)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in targets.values():
+        LoraLinear.wrap(layer, rank, alpha, generator)
+    return len(targets)
+
+
+def find_targets(module: nn.Module, target_modules: list[str]) -> dict[str, nn.Linear]:
+    """The linear layers whose last name is among `target_modules`, by their whole names.
+
+    Raises:
+        ConfigError: a target that matches no linear layer, with the names that there are; or one that shares its
+            weights with the embeddings.
+    """
     found = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
     last_names = {name.rpartition(".")[2] for name in found}
     if unknown := sorted(set(target_modules) - last_names):
@@ -172,10 +185,7 @@ def add_lora(module: nn.Module, rank: int, alpha: float, target_modules: list[st
             f"LoRA target {tied[0]} shares its weights with the embeddings of {type(module).__name__}, and those would "
             "change with it: leave it out of target_modules"
         )
-    generator = torch.Generator().manual_seed(seed)
-    for layer in targets.values():
-        LoraLinear.wrap(layer, rank, alpha, generator)
-    return len(targets)
+    return targets
 
 
 @contextmanager
@@ -195,3 +205,22 @@ def merged_lora(module: nn.Module) -> Iterator[None]:
         for name, weight in originals.items():
             layers[name].weight.data = weight
             layers[name].merged = False
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Inside the block every adapted layer is the base model's: nothing is added to its weight.
+
+    Raises:
+        ConfigError: the adapters are merged into the weights just now, so that the base model is not to be had.
+    """
+    layers = list(lora_layers(module).values())
+    if any(layer.merged for layer in layers):
+        raise ConfigError("adapters that are merged cannot be left out: leave `merged_lora` first")
+    for layer in layers:
+        layer.merged = True  # a merged layer is its weight alone, and nothing was merged into this one
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.merged = False

@@ -20,12 +20,13 @@ from transformers import (
 from ultravox.audio.features import StackedFilterbank, feature_extractor_of
 from ultravox.config.schema import ModelConfig
 from ultravox.errors import CheckpointError, ConfigError, ModelError
-from ultravox.model.adapters import add_lora
+from ultravox.model.adapters import add_lora, find_targets
 from ultravox.model.audio_encoder import (
     AudioEncoder,
     Wav2Vec2BertAudioEncoder,
     WaveformAudioEncoder,
     WhisperAudioEncoder,
+    encoder_from_config,
     keep_layers,
 )
 from ultravox.model.configuration import ENCODERS, WAVEFORM_ENCODERS, UltravoxConfig
@@ -46,6 +47,7 @@ def build_model(model: ModelConfig) -> UltravoxModel:
         ModelError: a part that cannot be found, or is of the wrong kind.
     """
     dtype = getattr(torch, model.dtype)
+    require_lora_targets(model)
     audio_tower = load_audio_encoder(model.audio_encoder, dtype)
     if model.audio_encoder_layers is not None:
         keep_layers(audio_tower, model.audio_encoder_layers)
@@ -75,6 +77,25 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     ):
         add_lora(part, lora.rank, lora.effective_alpha, list(lora.target_modules))
     return built
+
+
+def require_lora_targets(model: ModelConfig) -> None:
+    """Raise a ConfigError when adapters are asked for where there is no such layer: told by skeletons without weights.
+
+    ModelError: a part that cannot be found.
+    """
+    for name, lora, build in (
+        (model.language_model, model.language_model_lora, AutoModelForCausalLM.from_config),
+        (model.audio_encoder, model.audio_encoder_lora, encoder_from_config),
+    ):
+        if lora.rank:
+            config = _load_config(resolve_model(name), name)
+            try:
+                with torch.device("meta"), quiet_loading():
+                    skeleton = build(config)
+            except (ModelError, ValueError):  # of another kind than it should be: told where it is loaded
+                continue
+            find_targets(skeleton, list(lora.target_modules))
 
 
 def build_processor(model: ModelConfig) -> UltravoxProcessor:

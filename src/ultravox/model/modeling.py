@@ -219,7 +219,11 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
     ) -> tuple[Float[Tensor, "position vocabulary"], Int[Tensor, " position"]]:
         """Logits and targets of the positions whose NEXT token is supervised, and of no others."""
         supervised = labels[:, 1:] != IGNORE_INDEX
-        logits = self.get_output_embeddings()(hidden[:, :-1][supervised])
+        return self.logits_of(hidden[:, :-1][supervised]), labels[:, 1:][supervised]
+
+    def logits_of(self, hidden: Float[Tensor, "position hidden"]) -> Float[Tensor, "position vocabulary"]:
+        """What the output layer makes of the decoder's states, scaled and capped as the language model has it."""
+        logits = self.get_output_embeddings()(hidden)
         text = self.config.text_config
         if scaling := getattr(text, "logits_scaling", None):  # Granite
             logits = logits / scaling
@@ -227,7 +231,7 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
             logits = logits * scale
         if cap := getattr(text, "final_logit_softcapping", None):  # Gemma
             logits = cap * torch.tanh(logits / cap)
-        return logits, labels[:, 1:][supervised]
+        return logits
 
     def prepare_inputs_for_generation(
         self,

@@ -11,6 +11,7 @@ from ultravox.audio.effects import WaveformAugmenter, generator_for_sample, leng
 from ultravox.audio.lengths import SAMPLE_RATE, num_audio_tokens
 from ultravox.audio.waveform import change_speed
 from ultravox.data.collate import pad_frames
+from ultravox.data.examples import TokenisedExample
 from ultravox.data.order import PlannedBatch
 from ultravox.data.quarantine import audio_fault
 from ultravox.data.stream_order import StreamedBatch
@@ -53,6 +54,10 @@ class SpeechBatch:
     """Of a stream: rows that were looked at for this batch and those after it; 0 unless a window begins here."""
     copies: list[int] = field(default_factory=list)
     """How often each row came before; of a stream, the epoch of that row's stream."""
+    as_text: list[TokenisedExample] = field(default_factory=list)
+    """Each row's conversation as a teacher reads it; empty where there is none."""
+    whole: list[bool] = field(default_factory=list)
+    """Whether each row's clip was left whole; empty where none is cut."""
 
     @property
     def audio_seconds(self) -> float:
@@ -91,6 +96,8 @@ class SpeechBatch:
             [],
             self.epoch,
             (*self.augment_seed, number),
+            as_text=self.as_text[rows],
+            whole=self.whole[rows],
         )
 
 
@@ -117,6 +124,8 @@ class BatchMaker:
         self.augmenter, self.seed = augmenter, seed
         self.encoded = from_cache and not features.trains
         """Whether windows are the frames of a frozen encoder."""
+        self.with_text = False
+        """Whether batches also hold what a teacher reads."""
 
     def planned(self, batch: PlannedBatch, epoch: int) -> SpeechBatch:
         """The batch of a plan. Its augmentation is a pure function of the seed, the epoch and each example."""
@@ -180,6 +189,8 @@ class BatchMaker:
             made.input_ids.append(example.prompts[prompt][0])
             made.supervised.append(example.prompts[prompt][1])
             made.transcripts.append(example.transcript)
+            if self.with_text:
+                made.as_text.append(example.as_text[prompt])
             made.audio_tokens.append([self.audio_tokens(self.frames(recording)) for recording in recordings])
             made.num_windows.append(sum(map(len, recordings)))
             made.seconds.append(version.seconds)

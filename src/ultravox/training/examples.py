@@ -15,9 +15,10 @@ from ultravox.audio.content import Audio
 from ultravox.audio.lengths import SAMPLE_RATE, num_audio_tokens
 from ultravox.config.schema import RunConfig
 from ultravox.data.clip import Clip
-from ultravox.data.examples import TokenisedExample, tokenise
+from ultravox.data.examples import TokenisedExample, special_tokens, tokenise, tokenise_as_text
 from ultravox.data.fingerprint import uid
-from ultravox.data.templates import PromptTemplate, UnusableRow
+from ultravox.data.templates import INJECTED, PromptTemplate, UnusableRow
+from ultravox.errors import DataError
 from ultravox.metrics.normalize import is_said, spoken_form
 from ultravox.training.features import Features
 
@@ -78,6 +79,31 @@ class Example:
     transcript: np.ndarray
     """Tokens of the text alone, [token]."""
     versions: list[Version] = field(default_factory=list)
+    as_text: Sequence[TokenisedExample] = ()
+    """For each prompt: the conversation as a teacher reads it; none where no stage has a teacher."""
+
+
+def require_transcript(clip: Clip, template: PromptTemplate) -> None:
+    """DataError when a row has no transcript, or several recordings, whose texts are not told apart."""
+    heard = len(template.recordings(clip))
+    if heard > 1:
+        raise DataError(
+            f"row {clip.id} has {heard} recordings and one text: the teacher of a distillation cannot read which is "
+            "which; leave out this source, or set distillation.weight to 0"
+        )
+    if heard and not is_said(clip.text):
+        raise DataError(
+            f"row {clip.id} has no transcript, which the teacher of a distillation reads in place of the audio: give "
+            "every row a text, filter these rows out, or set distillation.weight to 0"
+        )
+
+
+def has_teacher(config: RunConfig, source: str) -> bool:
+    """Whether some stage of the run distils from what a source's rows say."""
+    return any(
+        stage.tune.distillation.weight > 0 and (stage.sources is None or source in stage.sources)
+        for stage in config.stages
+    )
 
 
 class ExampleMaker:
@@ -94,16 +120,21 @@ class ExampleMaker:
         self.source, self.template, self.name = source, template, name
         self._tokenizer, self._audio_token_id = processor.tokenizer, processor.audio_token_index
         self._spoken = config.data.transcript_style == "spoken"
+        self._has_teacher = has_teacher(config, config.data.sources[source].name)
 
     def texts(self, clip: Clip) -> tuple[Clip, str]:
         """The clip with its text as it is to be written, and what is tokenised as the text alone.
 
         With a space in front, a word is the same token at the beginning as in the middle: CTC has fewer to tell apart.
-        UnusableRow when a text is needed and there is none.
+        UnusableRow when a text is needed and there is none; DataError when a teacher cannot read the row.
         """
         is_text = is_said(clip.text)
         if not is_text and "text" in self.template.columns_needed:
             raise UnusableRow("without text", clip.id)
+        if self._has_teacher:
+            require_transcript(clip, self.template)
+            if self.template.recordings(clip) and (found := special_tokens(self._tokenizer).search(clip.text)):
+                raise UnusableRow(INJECTED, clip.id, f"{found[0]} as a text")
         styled = replace(clip, text=spoken_form(clip.text)) if self._spoken else clip
         return styled, f" {styled.text}" if is_text else ""
 
@@ -118,7 +149,14 @@ class ExampleMaker:
             [audio for audio, _ in self.template.recordings(clip)],
             Prompts(self.template.num_prompts, lambda prompt: self.tokenise(styled, prompt)),
             np.asarray(self._tokenizer.encode(alone, add_special_tokens=False) if alone else [], dtype=np.int64),
+            as_text=self._as_text(styled) if self._has_teacher else (),
         )
+
+    def _as_text(self, styled: Clip) -> Prompts:
+        def make(prompt: int) -> TokenisedExample:
+            return tokenise_as_text(styled, self.template, prompt, self._tokenizer)
+
+        return Prompts(self.template.num_prompts, make)
 
     def tokenise(self, styled: Clip, prompt: int) -> TokenisedExample:
         """A row's conversation. UnusableRow when there can be none."""

@@ -15,6 +15,7 @@ import torch
 
 from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE
 from ultravox.data.collate import pad_frames
+from ultravox.data.examples import TokenisedExample
 from ultravox.errors import UltravoxError
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.measure import memory_bytes
@@ -52,6 +53,8 @@ def make_probe(task: SpeechTask, rows: Sequence[tuple[int, int]]) -> SpeechBatch
         batch.sources.append(0)
         batch.input_ids.append(ids)
         batch.supervised.append(np.arange(len(ids)) > prompt)
+        if task.maker.with_text:
+            batch.as_text.append(TokenisedExample(np.delete(ids, prompt), np.delete(batch.supervised[-1], prompt)))
         batch.transcripts.append(np.resize(words, max(1, audio_tokens // 2)))  # CTC has room for no more
         batch.audio_tokens.append([task.maker.audio_tokens(task.maker.frames(mine))])
         batch.num_windows.append(len(mine))

@@ -33,6 +33,7 @@ from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
+from ultravox.training.preflight import require_transcripts
 from ultravox.training.progress import TerminalProgress
 from ultravox.training.resume import (
     finished_text,
@@ -87,6 +88,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         if start is not None:
             require_same_config(start.state["config"], deciding_keys(config), found[-1])
 
+        require_transcripts(config)
         # 2. The model; its fresh weights are a function of the seed
         seed_everything(config.seed, "model")
         processor = build_processor(config.model)

@@ -22,6 +22,8 @@ class LossOutput:
     """Positions without padding."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Further sums over the same count, for the log."""
+    means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Further sums, each with a count of its own, for the log."""
     predictions: PredictionCounts | None = None
     """The best tokens against the labels, where the objective predicts tokens."""
 

@@ -195,6 +195,7 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
     loss_sum = count = audio_seconds = 0.0
     num_tokens = 0
     metrics: dict[str, float] = {}
+    means: dict[str, tuple[float, float]] = {}
     ids: list[str] = []
     splits: list[list[str]] = []
     predictions: list[PredictionCounts] = []
@@ -216,6 +217,9 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
                 predictions.append(output.predictions)
             for name, number in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + number
+            for name, (part, number) in output.means.items():
+                before = means.get(name, (0.0, 0.0))
+                means[name] = (before[0] + part, before[1] + number)
     state.epoch, state.window, state.batch = loaded.after
     factor = settings.lr_factor(state.step)
     norm = math.nan
@@ -244,7 +248,8 @@ def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopS
         num_tokens=num_tokens,
         elapsed_seconds=0.0,
         batches=loaded.batches,
-        metrics={name: number / count for name, number in metrics.items()} if count else {},
+        metrics={name: number / count for name, number in metrics.items() if count}
+        | {name: part / number for name, (part, number) in means.items() if number},
         of_parts=optimizer.measured if taken else {},
         predictions=pool_predictions(predictions) if predictions else None,
         skipped_ids=None if taken else ids,

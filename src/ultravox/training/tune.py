@@ -1,7 +1,7 @@
 """Task `tune`: next-token cross-entropy through the language model, on the response."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,34 @@ from torch import Tensor, nn
 
 from ultravox.config.schema import StageConfig
 from ultravox.data.collate import TokenBatch, collate_tokens, loss_mask
+from ultravox.errors import DataError
 from ultravox.metrics.error_rate import character_errors, word_error_rate
 from ultravox.metrics.token_predictions import count_predictions, pool_predictions
 from ultravox.model.adapters import LoraLinear, lora_layers, merged_lora
 from ultravox.model.fusion import check_counts
 from ultravox.model.packing import Packer, find_packer
 from ultravox.objectives.cross_entropy import best_tokens, cross_entropy_with_best, next_token_positions
+from ultravox.objectives.token_losses import TokenWeights, token_losses_of_hidden
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.examples import Example, ExampleTable
 from ultravox.training.speech import SpeechData
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.task import LossOutput
+from ultravox.training.teacher import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class _States:
+    """What the decoder made of a batch."""
+
+    tokens: TokenBatch
+    hidden: Tensor
+    """[row, token, hidden], packed or not."""
+    labels: Tensor
+    """Of these places, [row, token]."""
+    places: Tensor
+    """Where each stands in the batch as it was before it was packed, [row, token]."""
+
 
 TokenRow = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Of a row's supervised positions: best tokens, labels, and places, each [position]."""
@@ -37,22 +54,102 @@ class TuneTask(SpeechTask):
         self.plan_mode = "padded" if self._packer is None else self._packer.plan_mode
         super().__init__(model, processor, data, stage, seed)
         self.pad_token_id = int(self.tokenizer.pad_token_id)
+        options = stage.tune
+        distillation = options.distillation
+        self.weights = TokenWeights(
+            options.cross_entropy_weight,
+            options.label_smoothing,
+            options.z_loss_weight,
+            distillation.weight,
+            distillation.temperature,
+        )
+        self.teacher: Teacher | None = None
+        if distillation.weight:
+            self.teacher = Teacher(model, options.loss_mask, round(distillation.teacher_cache_gb * 1e9))
+            self.maker.with_text = True
 
     def _select(self, examples: ExampleTable) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
         """All examples. Each placeholder gives its place to the first position of its recording."""
         return examples, self.maker.planned_tokens(examples.lengths), examples.lengths.text_tokens
 
     def _loss(self, batch: SpeechBatch) -> LossOutput:
-        """Sum of the supervised tokens' cross-entropies, and their number."""
-        total, rows, num_tokens = self._forward(batch, training=True)
+        """Sum over the supervised tokens, and over audio positions where they are learnt from too; and their number.
+
+        A position counts by the weight of its objective, a token 1.
+        """
+        states = self._states(batch, training=True)
+        rows, total, parts = self._token_losses(states, batch)
         predictions = pool_predictions([count_predictions(*row) for row in rows])
-        return LossOutput(total, predictions.num_positions, batch.audio_seconds, num_tokens, predictions=predictions)
+        return LossOutput(
+            total,
+            predictions.num_positions,
+            batch.audio_seconds,
+            states.tokens.num_tokens,
+            predictions=predictions,
+            means=parts,
+        )
+
+    def _token_losses(
+        self, states: "_States", batch: SpeechBatch
+    ) -> tuple[list[TokenRow], Tensor, dict[str, tuple[float, float]]]:
+        """Each row's best tokens, the sum of the losses, and the sums and counts of its parts for the log."""
+        width = states.tokens.input_ids.shape[1]
+        if self.weights.plain:
+            total, best = self._cross_entropy(states.hidden, states.labels)
+            return _token_rows(best, states.labels, states.places, width), total, {}
+        positions, targets = next_token_positions(states.labels)
+        chosen = states.hidden.reshape(-1, states.hidden.shape[-1]).index_select(0, positions)
+        where = states.places.reshape(-1)[positions + 1]
+        teacher = emphasis = None
+        if self.teacher is not None:
+            teacher, emphasis = self._teacher_states(self.teacher, batch, where, targets)
+        head = self.model.get_output_embeddings()
+        losses = token_losses_of_hidden(
+            chosen,
+            targets,
+            self.weights,
+            self.model.logits_of,
+            teacher_hidden=teacher,
+            teacher_logits_of=None if self.teacher is None else self.teacher.logits,
+            emphasis=emphasis,
+            frozen_head=not any(parameter.requires_grad for parameter in head.parameters()),
+        )
+        count = float(len(targets))
+        parts = {"cross_entropy": (float(losses.cross_entropy), count)}
+        if teacher is not None:
+            parts["distillation"] = (float(losses.distillation), count)
+        return _token_rows(losses.best, states.labels, states.places, width), losses.total, parts
+
+    def _teacher_states(
+        self, teacher: Teacher, batch: SpeechBatch, where: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the teacher says at the student's positions, which stand at `where` in the batch; and their emphasis."""
+        asked = [teacher.targets(dialogue) for dialogue in batch.as_text]
+        order = where.argsort()
+        mine = targets[order].cpu().numpy()
+        if not np.array_equal(np.concatenate(asked), mine):
+            raise DataError(
+                f"teacher and student are asked about different tokens in a batch with {batch.ids[0]}: the chat "
+                "template writes an answer otherwise when the user's turn is another one; choose another template"
+            )
+        emphasis = torch.ones(len(mine))
+        emphasis[np.cumsum([len(tokens) for tokens in asked]) - 1] = self.stage.tune.distillation.end_of_turn_weight
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)  # of each position among the rows' own
+        return teacher.hidden(batch.as_text)[place], emphasis.to(targets.device)[place]
 
     def _forward(self, batch: SpeechBatch, *, training: bool) -> tuple[Tensor, list[TokenRow], int]:
-        """Sum of the losses, each row's best tokens beside its labels, and the positions without padding.
+        """Sum of the cross-entropies, each row's best tokens beside its labels, and the positions without padding.
 
         Augmented and packed in training alone.
         """
+        states = self._states(batch, training=training)
+        total, best = self._cross_entropy(states.hidden, states.labels)
+        width = states.tokens.input_ids.shape[1]
+        return total, _token_rows(best, states.labels, states.places, width), states.tokens.num_tokens
+
+    def _states(self, batch: SpeechBatch, *, training: bool) -> "_States":
+        """The decoder's last states of a batch."""
         audio = self.audio_embeddings(batch, augmented=training) if len(batch.lengths) else None
         kind = self.stage.tune.loss_mask
         rows = zip(batch.input_ids, batch.supervised, strict=True)
@@ -66,8 +163,7 @@ class TuneTask(SpeechTask):
         )
         inputs, labels, places, arguments = self._inputs(tokens, audio, self._packer if training else None)
         hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
-        total, best = self._cross_entropy(hidden, labels)
-        return total, _token_rows(best, labels, places, tokens.input_ids.shape[1]), tokens.num_tokens
+        return _States(tokens, hidden, labels, places)
 
     def evaluate(self) -> dict[str, float]:
         """See `Task`; also how well the next tokens of the kept-out clips are told, with their audio and another's."""

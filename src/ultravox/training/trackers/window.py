@@ -47,6 +47,7 @@ class Window:
             **{name: value / steps for name, value in self.metrics.items()},
         }
         if self.predictions is not None:
-            row |= {"perplexity": math.exp(min(row["loss"], MAX_EXPONENT))} | shift_metrics(self.predictions)
+            entropy = row.get("cross_entropy", row["loss"])  # the loss may be of more than the tokens
+            row |= {"perplexity": math.exp(min(entropy, MAX_EXPONENT))} | shift_metrics(self.predictions)
         self.__init__(start=record.elapsed_seconds)  # type: ignore[misc]
         return row
