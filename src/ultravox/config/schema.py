@@ -136,6 +136,11 @@ class StageConfig(Section):
         0, ge=0, description="steps between two checkpoints; 0 = at the end of the stage. A run keeps its two newest"
     )
 
+    @property
+    def decodes(self) -> bool:
+        """Whether recordings are decoded in every epoch, since what is heard of them changes."""
+        return self.augment.waveform.active or self.tune.decodes
+
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
         for name, defaults in (("align", AlignOptions()), ("tune", TuneOptions())):

@@ -118,6 +118,7 @@ def collate_tokens(
     *,
     audio_token_id: int,
     pad_token_id: int,
+    silent: Sequence[bool] = (),
 ) -> TokenBatch:
     """Expand placeholders, pad on the right, and make labels.
 
@@ -129,6 +130,10 @@ def collate_tokens(
         masks: where the loss counts, each [token].
         audio_tokens: positions of each clip of each row.
         audio_token_id, pad_token_id: of the tokenizer.
+        silent: rows of which nothing need be supervised, since something else is learnt from them; none if empty.
+
+    Raises:
+        DataError: a row of which nothing is supervised; names it.
     """
     rows = [
         expand_audio(row_id, row, mask, audio_token_id, counts)
@@ -142,7 +147,9 @@ def collate_tokens(
         padded[index, : len(row)] = row
         labels[index, : len(row)] = np.where(mask, row, IGNORE_INDEX)
         real[index, : len(row)] = True
-    if empty := [row_id for row_id, row in zip(ids, labels[:, 1:], strict=True) if (row == IGNORE_INDEX).all()]:
+    may_be = silent or [False] * len(rows)
+    unsupervised = (labels[:, 1:] == IGNORE_INDEX).all(axis=1)
+    if empty := [ids[row] for row in np.flatnonzero(unsupervised & ~np.asarray(may_be)).tolist()]:
         raise DataError(f"nothing is supervised in {empty[0]}: its answer is empty, or the loss mask leaves nothing")
     return TokenBatch(
         torch.from_numpy(padded), torch.from_numpy(labels), torch.from_numpy(real), sum(len(row) for row, _ in rows)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ultravox.audio.effects import WaveformAugmenter, generator_for_sample, length_bounds
+from ultravox.audio.endpoints import ClipCutter
 from ultravox.audio.lengths import SAMPLE_RATE, num_audio_tokens
 from ultravox.audio.waveform import change_speed
 from ultravox.data.collate import pad_frames
@@ -124,6 +125,8 @@ class BatchMaker:
         self.augmenter, self.seed = augmenter, seed
         self.encoded = from_cache and not features.trains
         """Whether windows are the frames of a frozen encoder."""
+        self.cutter: ClipCutter | None = None
+        """Cuts clips short, where that is learnt from."""
         self.with_text = False
         """Whether batches also hold what a teacher reads."""
 
@@ -177,7 +180,7 @@ class BatchMaker:
         for (example, version_number, prompt), copy in zip(choices, copies, strict=True):
             version = example.versions[version_number]
             try:
-                recordings = self._recordings(example, version, epoch, copy)
+                recordings, seconds, whole = self._recordings(example, version, epoch, copy)
             except AudioError as error:
                 place = f" ({source_place(example.source)})" if example.source else ""
                 made.faults.append((audio_fault(error, example.recordings[0]), example.id + place))
@@ -193,24 +196,32 @@ class BatchMaker:
                 made.as_text.append(example.as_text[prompt])
             made.audio_tokens.append([self.audio_tokens(self.frames(recording)) for recording in recordings])
             made.num_windows.append(sum(map(len, recordings)))
-            made.seconds.append(version.seconds)
+            made.seconds.append(seconds)
+            if self.cutter is not None:
+                made.whole.append(whole)
             windows += [window for recording in recordings for window in recording]
         if windows:
             made.values, made.lengths = pad_frames(windows)
         return made
 
-    def _recordings(self, example: Example, version: Version, epoch: int, copy: int) -> list[list[np.ndarray]]:
-        """The windows of each recording."""
+    def _recordings(
+        self, example: Example, version: Version, epoch: int, copy: int
+    ) -> tuple[list[list[np.ndarray]], float, bool]:
+        """The windows of each recording, the seconds of all, and whether none was cut."""
         if self.from_cache:
-            return [self.features.cached_windows([name]) for name in version.names]
-        found = []
+            return [self.features.cached_windows([name]) for name in version.names], version.seconds, True
+        found, seconds, whole = [], version.seconds, True
         for number, audio in enumerate(example.recordings):
             waveform = change_speed(load_within(audio, *self.audio_limits), version.speed)
             if self.augmenter is not None:
                 name = f"{example.uid}/{number}"
                 waveform = self.augmenter(waveform, generator_for_sample(self.seed, epoch, name, copy))
+            if self.cutter is not None and len(example.recordings) == 1:
+                generator = generator_for_sample(self.seed, epoch, f"{example.uid}/cut", copy)
+                waveform, whole = self.cutter(waveform, generator)
+                seconds = len(waveform) / SAMPLE_RATE
             found.append(self.features.heard(waveform))
-        return found
+        return found, seconds, whole
 
     def frames(self, recording: list[np.ndarray]) -> list[int]:
         """Encoder frames of each window."""

@@ -55,6 +55,8 @@ def make_probe(task: SpeechTask, rows: Sequence[tuple[int, int]]) -> SpeechBatch
         batch.supervised.append(np.arange(len(ids)) > prompt)
         if task.maker.with_text:
             batch.as_text.append(TokenisedExample(np.delete(ids, prompt), np.delete(batch.supervised[-1], prompt)))
+        if task.maker.cutter is not None:
+            batch.whole.append(True)
         batch.transcripts.append(np.resize(words, max(1, audio_tokens // 2)))  # CTC has room for no more
         batch.audio_tokens.append([task.maker.audio_tokens(task.maker.frames(mine))])
         batch.num_windows.append(len(mine))

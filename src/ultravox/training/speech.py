@@ -75,7 +75,7 @@ class SpeechData:
 
     def uses_cache(self, stage: StageConfig) -> bool:
         """Whether a stage reads the cache, or decodes in every epoch."""
-        return self.cached and not stage.augment.waveform.active
+        return self.cached and not stage.decodes
 
     def set_aside(self, faults: Sequence[tuple[str, str]], num_rows: int = 0, epoch: int = 0) -> None:
         """Take note of recordings that turned out to be unusable: reasons and names. DataError when too many are.
@@ -117,7 +117,7 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
     data = config.data
     quarantine = Quarantine()
     sources, num_rows = read_sources(config, processor, quarantine)
-    cached = data.cache == "auto" and any(not stage.augment.waveform.active for stage in config.stages)
+    cached = data.cache == "auto" and any(not stage.decodes for stage in config.stages)
     features = Features(model, data.feature_dtype, config.model.audio_encoder)
     limits = audio_limits(config, features)
     progress, training = keep_out(sources, config.evaluation.num_progress_clips)

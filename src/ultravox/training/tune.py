@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ultravox.audio.endpoints import ClipCutter
 from ultravox.config.schema import StageConfig
 from ultravox.data.collate import TokenBatch, collate_tokens, loss_mask
 from ultravox.errors import DataError
@@ -18,7 +19,9 @@ from ultravox.model.fusion import check_counts
 from ultravox.model.packing import Packer, find_packer
 from ultravox.objectives.cross_entropy import best_tokens, cross_entropy_with_best, next_token_positions
 from ultravox.objectives.token_losses import TokenWeights, token_losses_of_hidden
+from ultravox.training.audio_learning import EndOfAudio, NextFrames
 from ultravox.training.batches import SpeechBatch
+from ultravox.training.end_of_audio_look import end_of_audio_metrics
 from ultravox.training.examples import Example, ExampleTable
 from ultravox.training.speech import SpeechData
 from ultravox.training.speech_task import SpeechTask
@@ -67,27 +70,64 @@ class TuneTask(SpeechTask):
         if distillation.weight:
             self.teacher = Teacher(model, options.loss_mask, round(distillation.teacher_cache_gb * 1e9))
             self.maker.with_text = True
+        self.ending = self._end_of_audio()
+        self.next_frames: NextFrames | None = None
+        if options.next_frame.weight:
+            self.next_frames = NextFrames(options.next_frame, model, self.features)
+            self.extra = self.next_frames.module
+        if self.ending is not None and self.ending.head is not None:
+            modules = {"end_of_audio": self.ending.head, "next_frame": self.extra}
+            self.extra = nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
+
+    def _end_of_audio(self) -> EndOfAudio | None:
+        options = self.stage.tune.end_of_audio
+        if not options.active:
+            return None
+        self.maker.cutter = ClipCutter(options.cut_share, options.pause_share)
+        heard = self.audio_tokens[self.audio_tokens > 0]
+        return EndOfAudio(options, self.model, self.tokenizer, float(heard.mean()) if len(heard) else 1.0)
 
     def _select(self, examples: ExampleTable) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
         """All examples. Each placeholder gives its place to the first position of its recording."""
-        return examples, self.maker.planned_tokens(examples.lengths), examples.lengths.text_tokens
+        text = examples.lengths.text_tokens
+        if self.stage.tune.end_of_audio.variant == "late":
+            more = EndOfAudio(self.stage.tune.end_of_audio, self.model, self.tokenizer, 1.0).more_tokens
+            text = np.where(text > 0, text + more, 0).astype(np.int32)
+        return examples, self.maker.planned_tokens(examples.lengths), text
 
     def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum over the supervised tokens, and over audio positions where they are learnt from too; and their number.
 
         A position counts by the weight of its objective, a token 1.
         """
+        batch = batch if self.ending is None else self.ending.dialogues(batch)
+        batch, hidden = (batch, None) if self.next_frames is None else self.next_frames.hide(batch)
         states = self._states(batch, training=True)
-        rows, total, parts = self._token_losses(states, batch)
-        predictions = pool_predictions([count_predictions(*row) for row in rows])
-        return LossOutput(
-            total,
-            predictions.num_positions,
-            batch.audio_seconds,
-            states.tokens.num_tokens,
-            predictions=predictions,
-            means=parts,
-        )
+        output = LossOutput(states.hidden.new_zeros(()), 0, batch.audio_seconds, states.tokens.num_tokens)
+        if self.weights.cross_entropy or self.weights.distillation:
+            rows, output.sum, output.means = self._token_losses(states, batch)
+            output.predictions = pool_predictions([count_predictions(*row) for row in rows])
+            output.count = output.predictions.num_positions
+        if self.ending is not None and self.stage.tune.end_of_audio.variant != "late":
+            self._add(output, self.stage.tune.end_of_audio.weight, self.ending.loss(self._of_audio(states), batch))
+        if self.next_frames is not None and hidden is not None:
+            self._add(output, self.next_frames.options.weight, self.next_frames.loss(self._of_audio(states), hidden))
+        return output
+
+    @staticmethod
+    def _add(output: LossOutput, weight: float, more: tuple[Tensor, int, dict[str, tuple[float, float]]]) -> None:
+        total, count, means = more
+        output.sum = output.sum + weight * total
+        output.count += weight * count
+        output.means |= means
+
+    def _of_audio(self, states: "_States") -> Tensor:
+        """The states at all audio positions, row after row as before the packing, [position, hidden]."""
+        flat = (states.tokens.input_ids == self.audio_token_id).reshape(-1).nonzero().squeeze(1)
+        slots = states.places.reshape(-1)
+        where = torch.zeros(states.tokens.input_ids.numel(), dtype=torch.long)
+        where[slots[slots >= 0]] = (slots >= 0).nonzero().squeeze(1)
+        return states.hidden.reshape(-1, states.hidden.shape[-1])[where[flat].to(states.hidden.device)]
 
     def _token_losses(
         self, states: "_States", batch: SpeechBatch
@@ -160,6 +200,7 @@ class TuneTask(SpeechTask):
             batch.audio_tokens,
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
+            silent=[not whole for whole in batch.whole],
         )
         inputs, labels, places, arguments = self._inputs(tokens, audio, self._packer if training else None)
         hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
@@ -169,8 +210,14 @@ class TuneTask(SpeechTask):
         """See `Task`; also how well the next tokens of the kept-out clips are told, with their audio and another's."""
         metrics = super().evaluate()
         examples = self.data.progress_examples
+        if len(examples) < 2:
+            return metrics
         with torch.no_grad():
-            return metrics | self._audio_use(self.first_versions(examples)) if len(examples) > 1 else metrics
+            metrics |= self._audio_use(self.first_versions(examples))
+            single = [example for example in examples if len(example.recordings) == 1]
+            if self.ending is not None and len(single) > 1:
+                metrics |= end_of_audio_metrics(self, single)
+        return metrics
 
     def _audio_use(self, batch: SpeechBatch) -> dict[str, float]:
         """Teacher-forced figures, and what is lost with the next clip's audio. Rows have one recording each."""
@@ -248,7 +295,11 @@ class TuneTask(SpeechTask):
                 attention_mask=torch.gather(tokens.mask, 1, order).long(),
                 generation_config=generation,
             )
-        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        ending = self.stage.tune.end_of_audio
+        if ending.variant == "late":
+            texts = [text.rstrip().removesuffix(ending.end_suffix.strip()).rstrip() for text in texts]
+        return texts
 
 
 def _token_rows(best: Tensor, labels: Tensor, places: Tensor, width: int) -> list[TokenRow]:

@@ -49,5 +49,7 @@ class Window:
         if self.predictions is not None:
             entropy = row.get("cross_entropy", row["loss"])  # the loss may be of more than the tokens
             row |= {"perplexity": math.exp(min(entropy, MAX_EXPONENT))} | shift_metrics(self.predictions)
+        if row.get("next_frame_copied"):
+            row["next_frame_skill"] = 1 - row["next_frame"] / row["next_frame_copied"]
         self.__init__(start=record.elapsed_seconds)  # type: ignore[misc]
         return row
