@@ -9,7 +9,7 @@ from transformers import AutoProcessor, WhisperFeatureExtractor
 
 from ultravox.audio.features import LogMel
 from ultravox.errors import AudioError, DataError
-from ultravox.model.processing import UltravoxProcessor, add_audio_token
+from ultravox.model.processing import UltravoxProcessor, add_special_token
 
 
 def test_audio_token_is_one_id_past_the_table(tiny_processor):
@@ -18,7 +18,7 @@ def test_audio_token_is_one_id_past_the_table(tiny_processor):
     assert len(ids) == 3
     assert tiny_processor.audio_token_index == 259
     assert tiny_processor.audio_replacement_token_id == 259
-    assert add_audio_token(tiny_processor.tokenizer) == 259  # and is not added twice
+    assert add_special_token(tiny_processor.tokenizer) == 259  # and is not added twice
     assert tiny_processor.tokenizer.decode(ids, skip_special_tokens=True) == "ab"
 
 

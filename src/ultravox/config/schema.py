@@ -65,6 +65,10 @@ class ModelConfig(Section):
     chat_template: Name = Field(
         "model", description='"model" = the language model\'s own chat template, or the path of a Jinja file'
     )
+    audio_boundaries: bool = Field(
+        False,
+        description="a learned token before each recording and one after it; the language model's table grows by them",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="number type of the weights and activations")
     language_model_lora: LoraConfig = Field(default_factory=LoraConfig, description="adapters on the language model")
     audio_encoder_lora: EncoderLoraConfig = Field(
@@ -234,6 +238,13 @@ class RunConfig(Section):
                 f"{key}.sources",
                 "data.sources",
                 f"{key}.objective",
+            )
+        if stage.tune.boundary_share is not None and not self.model.audio_boundaries:
+            raise misfit(
+                f"stage {stage.name!r} has a boundary_share, but model.audio_boundaries is false: set that too, or "
+                "drop the share",
+                f"{key}.tune.boundary_share",
+                "model.audio_boundaries",
             )
         if self.data.streaming and stage.max_batch_memory_gb is not None:
             raise misfit(

@@ -99,6 +99,7 @@ def generate_tokens(
             logits_to_keep=1,
         ).logits[:, -1]
         logits[:, model.config.audio_token_index :][:, :1] = -torch.inf  # where the table has a row for it
+        logits[:, getattr(model.config, "audio_boundary_ids", [])] = -torch.inf
         tokens = decoding.choose(logits.float(), generator)
         yield list(zip(rows, tokens.tolist(), strict=True))
         goes_on = torch.tensor([row not in stopped for row in rows], device=tokens.device)

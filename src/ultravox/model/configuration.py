@@ -38,6 +38,7 @@ class UltravoxConfig(PretrainedConfig):
         projector_act: "swiglu", the only one here.
         projector_ln_mid: norm before the second layer (v0.5 and later); False = after it.
         projector_init_value: first weight of the projector's norms.
+        audio_boundary_ids: of the tokens before and after each clip; None = there are none.
     """
 
     model_type = "ultravox"
@@ -56,6 +57,7 @@ class UltravoxConfig(PretrainedConfig):
         projector_ln_mid: bool = True,
         projector_init_value: float = 0.4,
         num_projector_layers: int = 0,
+        audio_boundary_ids: list[int] | None = None,
         **kwargs: Any,
     ):
         if projector_act != "swiglu" or num_projector_layers:
@@ -75,6 +77,8 @@ class UltravoxConfig(PretrainedConfig):
         self.projector_ln_mid = projector_ln_mid
         self.projector_init_value = projector_init_value
         self.num_projector_layers = num_projector_layers
+        if audio_boundary_ids is not None:
+            self.audio_boundary_ids = list(audio_boundary_ids)
         for name in ("ignore_index", "vocab_size"):  # transformers.js takes ignore_index for the audio token
             kwargs.pop(name, None)
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))

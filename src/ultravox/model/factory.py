@@ -29,12 +29,13 @@ from ultravox.model.audio_encoder import (
     encoder_from_config,
     keep_layers,
 )
+from ultravox.model.boundaries import AUDIO_END_TOKEN, AUDIO_START_TOKEN, grow_table
 from ultravox.model.configuration import ENCODERS, WAVEFORM_ENCODERS, UltravoxConfig
 from ultravox.model.folder import find_model_folder
 from ultravox.model.kernels import use_fast_linears
 from ultravox.model.modeling import UltravoxModel
 from ultravox.model.pretrained import BUNDLED, quiet_loading, resolve_model
-from ultravox.model.processing import UltravoxProcessor, add_audio_token
+from ultravox.model.processing import UltravoxProcessor, add_special_token
 from ultravox.tokens import AUDIO_TOKEN
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -52,13 +53,18 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     if model.audio_encoder_layers is not None:
         keep_layers(audio_tower, model.audio_encoder_layers)
     language_model = load_language_model(model.language_model, dtype)
-    tokenizer = load_tokenizer(model.language_model, model.chat_template)
+    tokenizer = load_tokenizer(model.language_model, model.chat_template, boundaries=model.audio_boundaries)
+    boundaries = None
+    if model.audio_boundaries:
+        boundaries = tokenizer.convert_tokens_to_ids([AUDIO_START_TOKEN, AUDIO_END_TOKEN])
+        grow_table(language_model, max(boundaries) + 1, boundaries)
     config = UltravoxConfig(
         audio_tower.config,
         language_model.config,
         audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
         stack_factor=model.stack_factor,
         hidden_size=model.projector_hidden_size,
+        audio_boundary_ids=boundaries,
     )
     for part in (config.audio_config, config.text_config):
         part._name_or_path = ""  # a local folder's path would travel with the checkpoint
@@ -66,8 +72,11 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     built.multi_modal_projector.init_scale(built.embedding_rms())
     built.generation_config.eos_token_id = end_token_ids(tokenizer, built)
     built.generation_config.pad_token_id = tokenizer.pad_token_id
+    built.generation_config.suppress_tokens = boundaries
 
     built.language_model.requires_grad_(False)
+    if boundaries is not None:
+        built.train_boundaries(boundaries)
     built.audio_tower.requires_grad_(model.train_audio_encoder)
     if isinstance(audio_tower, WhisperAudioEncoder):
         audio_tower.embed_positions.requires_grad_(False)  # sinusoids, fixed in Whisper's training too
@@ -108,7 +117,8 @@ def build_processor(model: ModelConfig) -> UltravoxProcessor:
         raise _unavailable("feature extractor", model.audio_encoder, error) from error
     return UltravoxProcessor(
         audio_processor,
-        load_tokenizer(model.language_model, model.chat_template),
+        load_tokenizer(model.language_model, model.chat_template, boundaries=model.audio_boundaries),
+        audio_boundaries=model.audio_boundaries,
         stack_factor=model.stack_factor,
         convolution_layers=_convolution_layers(config),
     )
@@ -158,8 +168,8 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTra
     return _load(AutoModelForCausalLM, path, name, dtype).eval()
 
 
-def load_tokenizer(name: str, chat_template: str = "model") -> Any:
-    """The language model's tokenizer with ``<|audio|>`` and the chosen chat template.
+def load_tokenizer(name: str, chat_template: str = "model", *, boundaries: bool = False) -> Any:
+    """The language model's tokenizer with ``<|audio|>``, the tokens around it if wanted, and the chosen chat template.
 
     Raises:
         ModelError: no tokenizer there; ConfigError: no such template, or the model has none of its own.
@@ -169,7 +179,9 @@ def load_tokenizer(name: str, chat_template: str = "model") -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise _unavailable("tokenizer", name, error) from error
-    add_audio_token(tokenizer)
+    add_special_token(tokenizer, AUDIO_TOKEN)
+    for token in (AUDIO_START_TOKEN, AUDIO_END_TOKEN) if boundaries else ():
+        add_special_token(tokenizer, token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

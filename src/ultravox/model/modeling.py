@@ -1,6 +1,7 @@
 """A causal language model that hears: encoder → projector → the places of ``<|audio|>`` in the prompt."""
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ultravox.audio.lengths import num_audio_tokens
 from ultravox.errors import DataError
 from ultravox.model.adapters import lora_layers, merged_lora
 from ultravox.model.audio_encoder import AudioEncoder, encoder_from_config
+from ultravox.model.boundaries import AudioBoundaries
 from ultravox.model.configuration import UltravoxConfig
 from ultravox.model.fusion import fuse
 from ultravox.model.manifest import verify_manifest, write_manifest
@@ -65,6 +67,8 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
             ln_mid=config.projector_ln_mid,
             norm_init=config.projector_init_value,
         )
+        self.audio_boundaries: AudioBoundaries | None = None
+        """Their rows while they train; None where there are none, or where they are rows like others."""
         self.generation_config = self.language_model.generation_config
         self.post_init()
 
@@ -123,12 +127,27 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         is_audio = input_ids == self.config.audio_token_index
         # the placeholder's id may lie one past the table, so that it must never be looked up
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
+        if self.audio_boundaries is not None:
+            self._write_boundaries()
+            embeddings = self.audio_boundaries(input_ids, embeddings)
         if audio_embeddings is None or token_lengths is None:
             if bool(is_audio.any()):
                 row = int(is_audio.any(1).nonzero()[0])
                 raise DataError(f"row {row} has {int(is_audio[row].sum())} <|audio|> positions, but no audio was given")
             return embeddings
         return fuse(embeddings, is_audio, audio_embeddings, token_lengths)
+
+    def train_boundaries(self, token_ids: Sequence[int]) -> None:
+        """Let the rows of these two tokens train, and no others of the table."""
+        self.audio_boundaries = AudioBoundaries(self._table(), token_ids)
+
+    def _write_boundaries(self) -> None:
+        assert self.audio_boundaries is not None
+        self.audio_boundaries.write_into(self._table())
+
+    def _table(self) -> Tensor:
+        table: Any = self.get_input_embeddings()
+        return table.weight
 
     def forward(
         self,
@@ -272,9 +291,13 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         self, save_directory: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         """Write the whole public form: both towers' weights, adapters merged into them, hashes of every file."""
+        if self.audio_boundaries is not None:
+            self._write_boundaries()
         with merged_lora(self):
             if state_dict is None:
-                adapters = {f"{name}.{side}" for name in lora_layers(self) for side in ("lora_A", "lora_B")}
+                adapters = {"audio_boundaries.weight"} | {
+                    f"{name}.{side}" for name in lora_layers(self) for side in ("lora_A", "lora_B")
+                }
                 state_dict = {name: value for name, value in self.state_dict().items() if name not in adapters}
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         write_manifest(Path(save_directory))

@@ -23,6 +23,7 @@ from ultravox.audio.lengths import (
     window_lengths,
 )
 from ultravox.errors import AudioError, DataError
+from ultravox.model.boundaries import AUDIO_END_TOKEN, AUDIO_START_TOKEN
 from ultravox.model.configuration import UltravoxConfig
 from ultravox.model.manifest import write_manifest
 from ultravox.tokens import AUDIO_TOKEN
@@ -41,6 +42,7 @@ class UltravoxProcessor(ProcessorMixin):
         tokenizer: with ``<|audio|>`` as one special token.
         stack_factor: encoder frames per language model position.
         convolution_layers: (kernel, stride) of each layer of an encoder that hears the waveform; None for Whisper.
+        audio_boundaries: a token before and one after each clip; the tokenizer has them.
     """
 
     attributes = ["audio_processor", "tokenizer"]  # noqa: RUF012 - as in the base
@@ -54,13 +56,17 @@ class UltravoxProcessor(ProcessorMixin):
         stack_factor: int = 5,
         convolution_layers: Sequence[Sequence[int]] | None = None,
         chat_template: str | None = None,
+        audio_boundaries: bool = False,
     ):
+        self.audio_boundaries = audio_boundaries
         self.stack_factor = stack_factor
         self.convolution_layers = convolution_layers
         self.audio_token_replacement = AUDIO_TOKEN  # vLLM sets both anew
         self.audio_replacement_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         if len(tokenizer.encode(AUDIO_TOKEN, add_special_tokens=False)) != 1:
-            raise DataError(f"the tokenizer must hold {AUDIO_TOKEN} as one special token: add it with add_audio_token")
+            raise DataError(
+                f"the tokenizer must hold {AUDIO_TOKEN} as one special token: add it with add_special_token"
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
@@ -150,11 +156,13 @@ class UltravoxProcessor(ProcessorMixin):
                 f"{num_placeholders} {AUDIO_TOKEN} placeholders, {len(tokens_of_clip)} audio clips: "
                 "give each clip exactly one placeholder"
             )
+        before, behind = (AUDIO_START_TOKEN, AUDIO_END_TOKEN) if self.audio_boundaries else ("", "")
         counts = iter(tokens_of_clip)
         expanded = []
         for text in texts:
             first, *rest = text.split(AUDIO_TOKEN)
-            expanded.append(first + "".join(self.audio_token_replacement * next(counts) + part for part in rest))
+            clips = (before + self.audio_token_replacement * next(counts) + behind for _ in rest)
+            expanded.append(first + "".join(clip + part for clip, part in zip(clips, rest, strict=True)))
         return expanded
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -182,6 +190,8 @@ class UltravoxProcessor(ProcessorMixin):
         }
         if self.convolution_layers is not None:
             content["convolution_layers"] = [list(layer) for layer in self.convolution_layers]
+        if self.audio_boundaries:
+            content["audio_boundaries"] = True
         return content
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> list[str]:  # type: ignore[override]
@@ -209,16 +219,17 @@ class UltravoxProcessor(ProcessorMixin):
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where),
             stack_factor=settings["stack_factor"],
             convolution_layers=settings.get("convolution_layers"),
+            audio_boundaries=settings.get("audio_boundaries", False),
         )
 
 
-def add_audio_token(tokenizer: Any) -> int:
-    """Add ``<|audio|>`` as one special token, where it is not there yet; returns its id."""
+def add_special_token(tokenizer: Any, token: str = AUDIO_TOKEN) -> int:
+    """Add ``<|audio|>`` or another as one special token, where it is not there yet; returns its id."""
     from transformers import AddedToken
 
-    if AUDIO_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+    if token not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(token)
 
 
 def _as_clips(audio: Any, sampling_rate: int) -> list[np.ndarray]:

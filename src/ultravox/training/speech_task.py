@@ -28,7 +28,11 @@ from ultravox.training.speech import SpeechData
 from ultravox.training.task import LossOutput
 
 BEGINNING = Position()
-PARTS = {"projector": "multi_modal_projector.", "language_model": "language_model.", "audio_encoder": "audio_tower."}
+PARTS = {
+    "projector": ("multi_modal_projector.", "audio_boundaries."),
+    "language_model": ("language_model.",),
+    "audio_encoder": ("audio_tower.",),
+}
 
 
 class SpeechTask(abc.ABC):
@@ -188,6 +192,8 @@ class SpeechTask(abc.ABC):
         for part in self.parts:
             lr = getattr(self.stage.optim.lr, part)
             found = {name: p for name, p in self.trainable.items() if name.startswith(PARTS[part])}
+            if not self.takes_text:  # nothing stands around the audio
+                found = {name: p for name, p in found.items() if not name.startswith("audio_boundaries.")}
             if part == "projector" and self.extra is not None:
                 found |= {f"objective.{name}": p for name, p in self.extra.named_parameters()}
             if lr > 0 and found:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ultravox.audio.augment import generator_for
 from ultravox.audio.endpoints import ClipCutter
 from ultravox.config.schema import StageConfig
 from ultravox.data.collate import TokenBatch, collate_tokens, loss_mask
@@ -15,6 +16,7 @@ from ultravox.errors import DataError
 from ultravox.metrics.error_rate import character_errors, word_error_rate
 from ultravox.metrics.token_predictions import count_predictions, pool_predictions
 from ultravox.model.adapters import LoraLinear, lora_layers, merged_lora
+from ultravox.model.boundaries import with_boundaries
 from ultravox.model.fusion import check_counts
 from ultravox.model.packing import Packer, find_packer
 from ultravox.objectives.cross_entropy import best_tokens, cross_entropy_with_best, next_token_positions
@@ -53,6 +55,7 @@ class TuneTask(SpeechTask):
 
     def __init__(self, model: Any, processor: Any, data: SpeechData, stage: StageConfig, seed: int) -> None:
         self.audio_token_id = int(model.config.audio_token_index)
+        self.boundary_ids: list[int] = getattr(model.config, "audio_boundary_ids", None) or []
         self._packer = find_packer(model.language_model, stage.packing)
         self.plan_mode = "padded" if self._packer is None else self._packer.plan_mode
         super().__init__(model, processor, data, stage, seed)
@@ -93,7 +96,22 @@ class TuneTask(SpeechTask):
         if self.stage.tune.end_of_audio.variant == "late":
             more = EndOfAudio(self.stage.tune.end_of_audio, self.model, self.tokenizer, 1.0).more_tokens
             text = np.where(text > 0, text + more, 0).astype(np.int32)
+        if self.boundary_ids:
+            around = 2 * examples.lengths.num_recordings[:, None]
+            text = np.where(text > 0, text + around, 0).astype(np.int32)
         return examples, self.maker.planned_tokens(examples.lengths), text
+
+    def _bounded(self, batch: SpeechBatch, share: float = 1.0) -> SpeechBatch:
+        """The batch with the two tokens around the recordings of its rows, or of a random share of them."""
+        if not self.boundary_ids:
+            return batch
+        draws = torch.rand(len(batch.ids), generator=generator_for(*batch.augment_seed, "boundaries")).tolist()
+        rows = zip(batch.input_ids, batch.supervised, draws, strict=True)
+        found = [
+            with_boundaries(ids, marks, self.audio_token_id, self.boundary_ids) if draw < share else (ids, marks)
+            for ids, marks, draw in rows
+        ]
+        return replace(batch, input_ids=[ids for ids, _ in found], supervised=[marks for _, marks in found])
 
     def _loss(self, batch: SpeechBatch) -> LossOutput:
         """Sum over the supervised tokens, and over audio positions where they are learnt from too; and their number.
@@ -190,6 +208,8 @@ class TuneTask(SpeechTask):
 
     def _states(self, batch: SpeechBatch, *, training: bool) -> "_States":
         """The decoder's last states of a batch."""
+        share = self.stage.tune.boundary_share
+        batch = self._bounded(batch, 1.0 if share is None or not training else share)
         audio = self.audio_embeddings(batch, augmented=training) if len(batch.lengths) else None
         kind = self.stage.tune.loss_mask
         rows = zip(batch.input_ids, batch.supervised, strict=True)
@@ -271,7 +291,7 @@ class TuneTask(SpeechTask):
 
     def transcribe(self, examples: list[Example]) -> list[str]:
         """Greedy decoding of the answers, all at once."""
-        batch = self.first_versions(examples)
+        batch = self._bounded(self.first_versions(examples))
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=False)
         rows = zip(batch.input_ids, batch.supervised, strict=True)
         prompts = [ids[: int(supervised.argmax())] for ids, supervised in rows]
