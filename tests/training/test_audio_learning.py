@@ -9,8 +9,9 @@ import torch
 from tiny_run import tiny_config
 
 from ultravox.config.schema import RunConfig
-from ultravox.errors import ConfigError
+from ultravox.errors import CheckpointError, ConfigError
 from ultravox.model.factory import build_model, build_processor, load_model
+from ultravox.training.heads import load_stop_head
 from ultravox.training.run import run_training
 from ultravox.training.speech import prepare_speech
 from ultravox.training.tune import TuneTask
@@ -184,7 +185,18 @@ def test_runs_that_learn_the_end(parts, tmp_path, tune):
     if tune is not LATE:
         assert {f"end_of_audio_missed_at_{rate}" for rate in (1, 5, 10)} <= look.keys()
         assert all(0 <= row["end_of_audio_position_accuracy"] <= 1 for row in rows if "loss" in row)
-    load_model(tmp_path / "run")
+    model, _ = load_model(tmp_path / "run")
+    if tune is not HEAD:
+        with pytest.raises(CheckpointError, match="holds no stop head"):
+            load_stop_head(tmp_path / "run", "tune")
+        return
+    head = load_stop_head(tmp_path / "run", "tune")
+    assert head.linear.weight.abs().max() > 0
+    states = torch.randn(4, model.config.text_config.hidden_size)
+    expected = states @ head.linear.weight[0] + head.linear.bias
+    assert torch.allclose(head(states), expected, atol=1e-6)
+    weight = float(head.positive_weight)  # three or so positions a clip, half of the clips whole, one of them the end
+    assert 3 < weight < 30
 
 
 @pytest.mark.parametrize("form", ["regression", "contrastive"])

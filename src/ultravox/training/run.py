@@ -26,6 +26,7 @@ from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.fast import use_fast_kernels
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
+from ultravox.training.heads import save_head
 from ultravox.training.identity import base_models, deciding_keys
 from ultravox.training.interrupt import StopRequest, stop_on_signals
 from ultravox.training.measure import MatmulRate, MatmulSamples, peak_memory_bytes
@@ -196,6 +197,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         if state.step == stage.max_steps:
             run.finished.append(stage_summary(stage, task, state, last, matmul))
             tell_mixture(stage.name, run.finished[-1]["mixture"])
+            save_head(context.run_dir, stage.name, task)
         content = _checkpoint_content(context, task, state)
         folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)

@@ -17,6 +17,7 @@ RUN_FILES = (
     "tensorboard",
     "checkpoints",
     "model",
+    "heads",
     "train.json",
     "results.json",
     "predictions.jsonl",

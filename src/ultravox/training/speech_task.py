@@ -18,6 +18,7 @@ from ultravox.data.plan import Limits, Mode
 from ultravox.data.stream_order import StreamOrder
 from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import character_errors, word_error_rate
+from ultravox.metrics.overlap import bleu, chrf, sacrebleu_is_installed
 from ultravox.training.batches import BatchMaker, SpeechBatch
 from ultravox.training.examples import Example, ExampleTable
 from ultravox.training.features import augment
@@ -51,6 +52,8 @@ class SpeechTask(abc.ABC):
         self.trainable = data.trainable
         self.extra: nn.Module | None = None
         """Parameters of the objective itself."""
+        self.keeps_extra = False
+        """Whether they are of use after training."""
         self.left_out: list[str] = []
         """The example of each version that this objective cannot use."""
         wanted = np.array([stage.sources is None or source.name in stage.sources for source in data.sources])
@@ -209,7 +212,7 @@ class SpeechTask(abc.ABC):
         self.model.audio_tower.train(self.features.trains)
 
     def evaluate(self) -> dict[str, float]:
-        """Word and character error rate of what the model makes of the clips that were kept out of training."""
+        """Error rates, BLEU and chrF of what the model makes of the clips that were kept out of training."""
         examples = self.data.progress_examples
         if not examples:
             return {}
@@ -217,7 +220,10 @@ class SpeechTask(abc.ABC):
         with torch.no_grad():
             texts = self.transcribe(examples)
         references = [example.text for example in examples]
-        return {"wer": word_error_rate(references, texts), "cer": character_errors(references, texts).rate}
+        metrics = {"wer": word_error_rate(references, texts), "cer": character_errors(references, texts).rate}
+        if sacrebleu_is_installed():
+            metrics |= {"bleu": bleu(references, texts)[0], "chrf": chrf(references, texts)[0]}
+        return metrics
 
     def trainable_state(self) -> dict[str, Tensor]:
         """All that trains in any stage, and the objective's own parameters."""

@@ -77,10 +77,13 @@ class TuneTask(SpeechTask):
         self.next_frames: NextFrames | None = None
         if options.next_frame.weight:
             self.next_frames = NextFrames(options.next_frame, model, self.features)
-            self.extra = self.next_frames.module
-        if self.ending is not None and self.ending.head is not None:
-            modules = {"end_of_audio": self.ending.head, "next_frame": self.extra}
-            self.extra = nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
+        heads = {
+            "end_of_audio": None if self.ending is None else self.ending.head,
+            "next_frame": None if self.next_frames is None else self.next_frames.module,
+        }
+        modules: dict[str, nn.Module] = {name: module for name, module in heads.items() if module is not None}
+        if modules:
+            self.extra, self.keeps_extra = nn.ModuleDict(modules), True
 
     def _end_of_audio(self) -> EndOfAudio | None:
         options = self.stage.tune.end_of_audio
