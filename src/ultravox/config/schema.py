@@ -12,8 +12,6 @@ from ultravox.config.data import AugmentConfig, DataConfig
 from ultravox.config.objectives import AlignOptions, TuneOptions
 from ultravox.config.section import Beta, Name, Rate, Section, Share, misfit
 
-FRAME_SECONDS = 0.02  # of audio in an encoder frame
-
 
 class LoraConfig(Section):
     """Low-rank adapters on the linear layers of one part of the model."""
@@ -54,21 +52,8 @@ class ModelConfig(Section):
     stack_factor: int = Field(
         5, ge=1, le=50, description="encoder frames (20 ms each) joined into one position of the language model"
     )
-    downsampling: Literal["stack", "stride", "mean", "random"] = Field(
-        "stack",
-        description="what becomes of these frames: stack = joined; stride = the first; mean = their mean; random = any "
-        "of them while training, else the middle one",
-    )
-    projector: Literal["swiglu", "swiglu_v0.4", "linear", "mlp", "conv", "transformer", "qformer"] = Field(
-        "swiglu",
-        description="from frames to embeddings: swiglu = of the public v0.5 checkpoints, and of v0.4 with the norm at "
-        "the end; others are read by UltraVox alone (see docs/projectors.md)",
-    )
     projector_hidden_size: int = Field(
         2048, ge=2, multiple_of=2, description="width inside the projector, before SwiGLU halves it"
-    )
-    projector_layers: int | None = Field(
-        None, ge=1, le=48, description="layers of the projectors transformer and qformer; null = 2"
     )
     audio_encoder_layers: int | None = Field(
         None,
@@ -90,25 +75,6 @@ class ModelConfig(Section):
         default_factory=EncoderLoraConfig, description="adapters on the audio encoder"
     )
     train_audio_encoder: bool = Field(False, description="train every weight of the audio encoder")
-
-    @property
-    def num_projector_layers(self) -> int:
-        """Of attention, 0 for projectors without."""
-        return (self.projector_layers or 2) if self.projector in ("transformer", "qformer") else 0
-
-    @model_validator(mode="after")
-    def _check_projector(self) -> "ModelConfig":
-        if self.projector_layers is not None and not self.num_projector_layers:
-            message = f"projector_layers has no effect on the projector {self.projector!r}; drop it"
-            raise misfit(message, "projector_layers", "projector")
-        if self.projector in ("conv", "qformer") and self.downsampling != "stack":
-            raise misfit(
-                f"the projector {self.projector!r} goes from frames to positions by itself: leave downsampling at "
-                "stack",
-                "downsampling",
-                "projector",
-            )
-        return self
 
     @model_validator(mode="after")
     def _one_way_to_train_the_encoder(self) -> "ModelConfig":
@@ -243,14 +209,6 @@ class RunConfig(Section):
             if names.count(name) > 1:
                 both = [f"stages.{index}.name" for index, other in enumerate(names) if other == name]
                 raise misfit(f"two stages are named {name!r}; rename one", *both)
-        if (position := self.model.stack_factor * FRAME_SECONDS) > self.data.max_audio_seconds:
-            raise misfit(
-                f"stack_factor {self.model.stack_factor} makes one position of {position:g} s of audio, more than the "
-                f"{self.data.max_audio_seconds:g} s of the longest clip (data.max_audio_seconds): lower the one or "
-                "raise the other",
-                "model.stack_factor",
-                "data.max_audio_seconds",
-            )
         for index, stage in enumerate(self.stages):
             if stage.max_steps:  # one that is left out need not fit: another file may have brought it in
                 self._check_stage(stage, f"stages.{index}")

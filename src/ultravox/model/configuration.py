@@ -15,10 +15,6 @@ WAVEFORM_ENCODERS = (
     "wavlm",
 )
 ENCODERS = ("whisper", *WAVEFORM_ENCODERS, "wav2vec2-bert")
-#: Kinds of projectors; those with layers of attention have a number of them
-PROJECTORS = ("swiglu", "linear", "mlp", "conv", "transformer", "qformer")
-LAYERED_PROJECTORS = ("transformer", "qformer")
-DOWNSAMPLINGS = ("stack", "stride", "mean", "random")
 
 
 def _sub_config(config: PretrainedConfig | dict[str, Any] | None, default: str) -> PretrainedConfig:
@@ -42,9 +38,6 @@ class UltravoxConfig(PretrainedConfig):
         projector_act: "swiglu", the only one here.
         projector_ln_mid: norm before the second layer (v0.5 and later); False = after it.
         projector_init_value: first weight of the projector's norms.
-        projector: one of `PROJECTORS`; other readers know "swiglu" alone, with `downsampling` "stack".
-        downsampling: how `stack_factor` frames become one position, one of `DOWNSAMPLINGS`.
-        num_projector_layers: of the transformer and the Q-Former, 0 for others.
         audio_boundary_ids: of the tokens before and after each clip; None = there are none.
     """
 
@@ -64,22 +57,13 @@ class UltravoxConfig(PretrainedConfig):
         projector_ln_mid: bool = True,
         projector_init_value: float = 0.4,
         num_projector_layers: int = 0,
-        projector: str = "swiglu",
-        downsampling: str = "stack",
         audio_boundary_ids: list[int] | None = None,
         **kwargs: Any,
     ):
-        has_layers = projector in LAYERED_PROJECTORS
-        if projector_act != "swiglu" or bool(num_projector_layers) != has_layers:
+        if projector_act != "swiglu" or num_projector_layers:
             raise ValueError(
                 f"projector_act {projector_act!r} with {num_projector_layers} projector layers is not supported: "
-                "expected 'swiglu' with 0 layers (checkpoints of v0.6 or older), or a projector with layers of "
-                f"UltraVox's own ({', '.join(LAYERED_PROJECTORS)})"
-            )
-        if projector not in PROJECTORS or downsampling not in DOWNSAMPLINGS:
-            raise ValueError(
-                f"projector {projector!r} with downsampling {downsampling!r} is not known: expected one of "
-                f"{', '.join(PROJECTORS)} with one of {', '.join(DOWNSAMPLINGS)}; a newer version may have written this"
+                "expected 'swiglu' with 0 layers (checkpoints of v0.6 or older)"
             )
         self.audio_config = _sub_config(audio_config, "whisper")
         self.text_config = _sub_config(text_config, "llama")
@@ -93,7 +77,6 @@ class UltravoxConfig(PretrainedConfig):
         self.projector_ln_mid = projector_ln_mid
         self.projector_init_value = projector_init_value
         self.num_projector_layers = num_projector_layers
-        self.projector, self.downsampling = projector, downsampling
         if audio_boundary_ids is not None:
             self.audio_boundary_ids = list(audio_boundary_ids)
         for name in ("ignore_index", "vocab_size"):  # transformers.js takes ignore_index for the audio token
@@ -107,14 +90,6 @@ class UltravoxConfig(PretrainedConfig):
         for part, implementation in zip(parts, attention, strict=True):
             if part._attn_implementation is None:
                 part._attn_implementation = implementation
-
-    def to_dict(self) -> dict[str, Any]:
-        """As other readers know it: what is of UltraVox alone is there only where it differs from theirs."""
-        content = super().to_dict()
-        for name, usual in (("projector", "swiglu"), ("downsampling", "stack")):
-            if content.get(name) == usual:
-                del content[name]
-        return content
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """The language model's configuration: generation reads its cache shape and vocabulary there."""

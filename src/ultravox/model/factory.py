@@ -64,10 +64,6 @@ def build_model(model: ModelConfig) -> UltravoxModel:
         audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
         stack_factor=model.stack_factor,
         hidden_size=model.projector_hidden_size,
-        projector_ln_mid=model.projector != "swiglu_v0.4",
-        projector=model.projector.partition("_")[0],
-        downsampling=model.downsampling,
-        num_projector_layers=model.num_projector_layers,
         audio_boundary_ids=boundaries,
     )
     for part in (config.audio_config, config.text_config):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ultravox.audio.lengths import num_audio_tokens
-from ultravox.model.downsample import Downsample, stack_frames
+from ultravox.model.downsample import stack_frames
 from ultravox.model.kernels import fill_rows
 
 
@@ -40,7 +40,6 @@ class SwigluProjector(nn.Module):
         stack_factor: frames per position.
         ln_mid: norm between the layers (v0.5 and later) or after both.
         norm_init: first weight of the norms.
-        downsample: another way than stacking to `stack_factor` frames a position; None = they are stacked.
     """
 
     def __init__(
@@ -52,14 +51,11 @@ class SwigluProjector(nn.Module):
         *,
         ln_mid: bool = True,
         norm_init: float = 0.4,
-        downsample: Downsample | None = None,
     ):
         super().__init__()
         self.stack_factor, self.norm_init = stack_factor, norm_init
-        self.downsample = downsample
-        width = encoder_width * stack_factor if downsample is None else downsample.width(encoder_width)
-        self.ln_pre = RmsNorm(width)
-        self.linear_1 = nn.Linear(width, hidden_size, bias=False)
+        self.ln_pre = RmsNorm(encoder_width * stack_factor)
+        self.linear_1 = nn.Linear(encoder_width * stack_factor, hidden_size, bias=False)
         self.linear_2 = nn.Linear(hidden_size // 2, output_width, bias=False)
         self.ln_mid = RmsNorm(hidden_size // 2) if ln_mid else nn.Identity()
         self.ln_post = nn.Identity() if ln_mid else RmsNorm(output_width)
@@ -89,12 +85,7 @@ class SwigluProjector(nn.Module):
         self, frames: Float[Tensor, "clip frame channel"], frame_lengths: Int[Tensor, " clip"]
     ) -> tuple[Float[Tensor, "clip token hidden"], Int[Tensor, " clip"]]:
         """Project. Frames past a clip's length must be zero: they are what the last stack is padded with."""
-        frames = frames.to(self.linear_1.weight.dtype)
-        stacked = (
-            stack_frames(frames, self.stack_factor)
-            if self.downsample is None
-            else self.downsample(frames, frame_lengths)
-        )
+        stacked = stack_frames(frames.to(self.linear_1.weight.dtype), self.stack_factor)
         rows = fill_rows(stacked.flatten(0, 1))
         hidden = self.ln_mid(swiglu(self.linear_1(self.ln_pre(rows))))
         projected = self.ln_post(self.linear_2(hidden))[: stacked.shape[0] * stacked.shape[1]]
