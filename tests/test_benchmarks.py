@@ -470,3 +470,25 @@ def test_bad_arguments_of_the_projectors_are_refused(projectors, monkeypatch, ar
         call(projectors, monkeypatch, *arguments)
     assert caught.value.code == 2
     assert not projectors.RESULTS.exists()
+
+
+def test_a_projectors_training_is_the_command_on_its_file(projectors, monkeypatch):
+    def command(words, **_):
+        file, overrides = words[4], words[5:]
+        config = load_config(file, overrides)
+        (stage,) = config.stages
+        assert (config.model.projector, config.seed, stage.name, stage.max_steps) == ("mlp", 2, "align", 180)
+        assert (stage.optim.warmup_steps, stage.evaluate_every) == (18, 0)
+        summary = {"stages": [{"name": "align", "final_wer": 0.3, "seconds": 90.0, "evaluation_seconds": 0.0}]}
+        folder = Path(config.run_dir)
+        folder.mkdir()
+        (folder / "train.json").write_text(json.dumps(summary))
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(projectors.subprocess, "run", command)
+    assert projectors.train("mlp", 2, 180)["final_wer"] == 0.3
+    monkeypatch.setattr(
+        projectors.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 2, "", "no")
+    )
+    with pytest.raises(SystemExit, match="failed with code 2"):
+        projectors.train("mlp", 2, 180)
