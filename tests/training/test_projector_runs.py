@@ -1,12 +1,17 @@
 """Whole runs with projectors and downsamplings that are not the default: align, tune, decode, load again."""
 
 import json
+import os
+import signal
 
 import pytest
+import torch
 from tiny_run import tiny_config
 
 from ultravox.config.schema import RunConfig
 from ultravox.inference.api import load
+from ultravox.training.align import AlignTask
+from ultravox.training.interrupt import TrainingInterrupted
 from ultravox.training.run import run_training
 
 STEPS = (24, 6)
@@ -47,7 +52,22 @@ def test_a_run(projector, parts, tmp_path):
     assert isinstance(text, str)
 
 
-def test_random_frames_are_those_of_the_seed(parts, tmp_path):
-    for name in ("a", "b"):
-        run_training(short(parts, tmp_path / name, "swiglu"))
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+def test_random_frames_are_those_of_the_seed_also_when_resumed(parts, tmp_path, monkeypatch):
+    """One run is whole; the other stops in its 14th step, and is resumed after other numbers were drawn."""
+    run_training(short(parts, tmp_path / "whole", "swiglu"))
+    config = short(parts, tmp_path / "resumed", "swiglu")
+    calls, inner = [], AlignTask.loss
+
+    def loss(self, batch):
+        calls.append(batch)
+        if len(calls) == 14:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignTask, "loss", loss)
+        with pytest.raises(TrainingInterrupted):
+            run_training(config)
+    torch.manual_seed(99)
+    run_training(config, resume=True)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
