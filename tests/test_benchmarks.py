@@ -409,3 +409,86 @@ def test_logits_are_measured_as_they_are_made():
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split()[0] for line in done.stdout.splitlines()[:2]] == ["supervised", "full"]
     assert "metrics:" in done.stdout
+
+
+@pytest.fixture
+def projectors(tmp_path, monkeypatch):
+    """benchmarks/projectors.py, whose results and page are copies."""
+    module = load("projectors")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "projectors.json")
+    monkeypatch.setattr(module, "PAGE", tmp_path / "projectors.md")
+    (tmp_path / "projectors.md").write_text((ROOT / "docs" / "projectors.md").read_text())
+    return module
+
+
+def test_the_projectors_page_is_that_of_the_kept_results():
+    module = load("projectors")
+    kept, text = json.loads(module.RESULTS.read_text()), module.PAGE.read_text()
+    assert module.page(text, kept) == text, "run `python benchmarks/projectors.py`"
+    assert set(kept["speed"]) == set(module.FORMS)
+    assert len({one["audio_seconds_per_second"]["n"] for one in kept["speed"].values()}) == 1, "not one run"
+    assert len({one["threads"] for one in kept["speed"].values()}) == 1, "not one run"
+
+
+def test_projectors_are_measured(projectors, monkeypatch, capsys):
+    call(projectors, monkeypatch, "--rounds", "1", "--audio-seconds", "6")
+    found = json.loads(projectors.RESULTS.read_text())
+    assert set(found["speed"]) == set(projectors.FORMS)
+    kept = json.loads((KEPT / "projectors.json").read_text())
+    for name, one in found["speed"].items():
+        assert one["audio_seconds_per_second"]["least"] > 0
+        for figure in ("parameters", "positions_per_second"):
+            assert one[figure] == kept["speed"][name][figure]
+    assert found["speed"]["quickstart"]["parameters"] == 1920 * 2048 + 1024 * 576 + 1920 + 1024
+    assert found["speed"]["swiglu-200ms"]["positions_per_second"] == 5
+    assert "| `mlp` | " in capsys.readouterr().out
+    assert "| WER |" not in projectors.PAGE.read_text().partition(projectors.BEGIN)[2]
+
+
+def test_projectors_are_trained_for_the_same_time(projectors, monkeypatch):
+    runs = []
+
+    def train(name, seed, steps):
+        runs.append((name, seed, steps))
+        wer = {"mlp": 0.5, "conv": 0.4}[name] + 0.02 * seed
+        return {"seconds": steps * 0.5 + 3, "evaluation_seconds": 3.0, "final_wer": wer}
+
+    monkeypatch.setattr(projectors, "train", train)
+    results = json.loads((KEPT / "projectors.json").read_text()) | {"align": {}}
+    projectors.RESULTS.write_text(json.dumps(results))
+    call(projectors, monkeypatch, "conv", "mlp", "--align-seconds", "90", "--seeds", "3")
+    assert runs[:4] == [("conv", 0, projectors.PILOT_STEPS), ("conv", 0, 180), ("conv", 1, 180), ("conv", 2, 180)]
+    page = projectors.PAGE.read_text()
+    assert "| `conv` | 42.0% ± 5.0 | 3 | 180 | 90 |" in page  # 4.30 · 2.0 / √3
+    assert "| `mlp` | 52.0% ± 5.0 | 3 | 180 | 90 |" in page
+    assert json.loads(projectors.RESULTS.read_text())["speed"] == results["speed"]
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--seeds", "6"], ["--rounds", "0"], ["no-such-form"]])
+def test_bad_arguments_of_the_projectors_are_refused(projectors, monkeypatch, arguments):
+    with pytest.raises(SystemExit) as caught:
+        call(projectors, monkeypatch, *arguments)
+    assert caught.value.code == 2
+    assert not projectors.RESULTS.exists()
+
+
+def test_a_projectors_training_is_the_command_on_its_file(projectors, monkeypatch):
+    def command(words, **_):
+        file, overrides = words[4], words[5:]
+        config = load_config(file, overrides)
+        (stage,) = config.stages
+        assert (config.model.projector, config.seed, stage.name, stage.max_steps) == ("mlp", 2, "align", 180)
+        assert (stage.optim.warmup_steps, stage.evaluate_every) == (18, 0)
+        summary = {"stages": [{"name": "align", "final_wer": 0.3, "seconds": 90.0, "evaluation_seconds": 0.0}]}
+        folder = Path(config.run_dir)
+        folder.mkdir()
+        (folder / "train.json").write_text(json.dumps(summary))
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(projectors.subprocess, "run", command)
+    assert projectors.train("mlp", 2, 180)["final_wer"] == 0.3
+    monkeypatch.setattr(
+        projectors.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 2, "", "no")
+    )
+    with pytest.raises(SystemExit, match="failed with code 2"):
+        projectors.train("mlp", 2, 180)

@@ -12,6 +12,8 @@ from ultravox.config.data import AugmentConfig, DataConfig
 from ultravox.config.objectives import AlignOptions, TuneOptions
 from ultravox.config.section import Beta, Name, Rate, Section, Share, misfit
 
+FRAMES_PER_SECOND = 50  # of every encoder's published models; audio/lengths.py, which this may not import, derives it
+
 
 class LoraConfig(Section):
     """Low-rank adapters on the linear layers of one part of the model."""
@@ -52,8 +54,22 @@ class ModelConfig(Section):
     stack_factor: int = Field(
         5, ge=1, le=50, description="encoder frames (20 ms each) joined into one position of the language model"
     )
+    downsampling: Literal["stack", "stride", "mean", "random"] = Field(
+        "stack",
+        description="how they become one: joined side by side, the first one, their mean, or a random one of them "
+        "(while training; else the middle one)",
+    )
+    projector: Literal["swiglu", "swiglu_v0.4", "linear", "mlp", "conv", "transformer", "qformer"] = Field(
+        "swiglu", description="what makes embeddings of them; only swiglu and swiglu_v0.4 are what other programs read"
+    )
     projector_hidden_size: int = Field(
         2048, ge=2, multiple_of=2, description="width inside the projector, before SwiGLU halves it"
+    )
+    num_projector_layers: int | None = Field(
+        None, ge=1, le=48, description="layers of the projectors transformer and qformer; null = 2"
+    )
+    num_projector_queries: int = Field(
+        1, ge=1, le=64, description="positions that the projector qformer makes of each window of as many stack_factors"
     )
     audio_encoder_layers: int | None = Field(
         None,
@@ -75,6 +91,24 @@ class ModelConfig(Section):
         default_factory=EncoderLoraConfig, description="adapters on the audio encoder"
     )
     train_audio_encoder: bool = Field(False, description="train every weight of the audio encoder")
+
+    @model_validator(mode="after")
+    def _projector_uses_its_options(self) -> "ModelConfig":
+        for key, default, unused_by in (
+            ("downsampling", "stack", ("conv", "qformer")),
+            ("projector_hidden_size", 2048, ("linear", "transformer")),
+            ("num_projector_layers", None, ("swiglu", "swiglu_v0.4", "linear", "mlp", "conv")),
+            ("num_projector_queries", 1, ("swiglu", "swiglu_v0.4", "linear", "mlp", "conv", "transformer")),
+        ):
+            value = getattr(self, key)
+            if value != default and self.projector in unused_by:
+                raise misfit(
+                    f"{key}: {value} has no effect with projector: {self.projector}; drop it", key, "projector"
+                )
+        if self.downsampling != "stack" and self.stack_factor == 1:
+            message = f"downsampling: {self.downsampling} has no effect with stack_factor: 1; drop it"
+            raise misfit(message, "downsampling", "stack_factor")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_train_the_encoder(self) -> "ModelConfig":
@@ -216,6 +250,14 @@ class RunConfig(Section):
         self.stages = [stage for stage in self.stages if stage.max_steps > 0]
         if not self.stages:
             raise misfit("every stage has max_steps 0; at least one must train", *steps)
+        position_seconds = self.model.stack_factor / FRAMES_PER_SECOND
+        if position_seconds > self.data.max_audio_seconds:
+            raise misfit(
+                f"stack_factor {self.model.stack_factor} makes one position of {position_seconds:g} s, more than the "
+                f"longest clip has (data.max_audio_seconds {self.data.max_audio_seconds:g}); lower stack_factor",
+                "model.stack_factor",
+                "data.max_audio_seconds",
+            )
         return self
 
     def _check_stage(self, stage: StageConfig, key: str) -> None:

@@ -1,8 +1,11 @@
 """The public ``ultravox`` configuration, which vLLM, llama.cpp's converter and transformers.js read too."""
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from ultravox.errors import ModelError
+from ultravox.model.downsample import DOWNSAMPLINGS, Downsampling
 
 #: Encoders that hear the waveform itself, through convolutions without padding
 WAVEFORM_ENCODERS = (
@@ -15,6 +18,10 @@ WAVEFORM_ENCODERS = (
     "wavlm",
 )
 ENCODERS = ("whisper", *WAVEFORM_ENCODERS, "wav2vec2-bert")
+PROJECTORS = ("swiglu", "linear", "mlp", "conv", "transformer", "qformer")
+LAYERED_PROJECTORS = ("transformer", "qformer")
+#: What only this package reads, and what it is in the public format, where it is not written.
+OWN_KEYS = {"projector_type": "swiglu", "downsampling": "stack", "num_projector_queries": 1}
 
 
 def _sub_config(config: PretrainedConfig | dict[str, Any] | None, default: str) -> PretrainedConfig:
@@ -35,10 +42,17 @@ class UltravoxConfig(PretrainedConfig):
         audio_token_index: id of ``<|audio|>``; None = one past the embedding rows.
         stack_factor: encoder frames joined into one language model position.
         hidden_size: width inside the projector, before SwiGLU halves it.
-        projector_act: "swiglu", the only one here.
+        projector_act: "swiglu", the only one here; kinds other than "swiglu" do not look at it.
         projector_ln_mid: norm before the second layer (v0.5 and later); False = after it.
         projector_init_value: first weight of the projector's norms.
         audio_boundary_ids: of the tokens before and after each clip; None = there are none.
+        num_projector_layers: of the kinds with layers, "transformer" (v0.7) and "qformer".
+        projector_type: one of `PROJECTORS`; None = "transformer" where there are projector layers, else "swiglu".
+        downsampling: "stack", "stride", "mean" or "random": how the frames of a position become one.
+        num_projector_queries: of each window of "qformer".
+
+    Raises:
+        ModelError: a projector or a downsampling that this version does not know.
     """
 
     model_type = "ultravox"
@@ -58,13 +72,25 @@ class UltravoxConfig(PretrainedConfig):
         projector_init_value: float = 0.4,
         num_projector_layers: int = 0,
         audio_boundary_ids: list[int] | None = None,
+        projector_type: str | None = None,
+        downsampling: str = "stack",
+        num_projector_queries: int = 1,
         **kwargs: Any,
     ):
-        if projector_act != "swiglu" or num_projector_layers:
-            raise ValueError(
-                f"projector_act {projector_act!r} with {num_projector_layers} projector layers is not supported: "
-                "expected 'swiglu' with 0 layers (checkpoints of v0.6 or older)"
-            )
+        if projector_type is None:
+            projector_type = "transformer" if num_projector_layers else "swiglu"
+        for name, value, known in (
+            ("projector_act", projector_act, ("swiglu",)),
+            ("projector_type", projector_type, PROJECTORS),
+            ("downsampling", downsampling, DOWNSAMPLINGS),
+        ):
+            if value not in known:
+                raise ModelError(
+                    f"{name} {value!r} is not known to this version: expected {' or '.join(map(repr, known))}; "
+                    "a newer version may read it"
+                )
+        if bool(num_projector_layers) != (projector_type in LAYERED_PROJECTORS):
+            raise ModelError(f"a projector of type {projector_type!r} cannot have {num_projector_layers} layers")
         self.audio_config = _sub_config(audio_config, "whisper")
         self.text_config = _sub_config(text_config, "llama")
         self.audio_model_id = audio_model_id
@@ -79,6 +105,9 @@ class UltravoxConfig(PretrainedConfig):
         self.num_projector_layers = num_projector_layers
         if audio_boundary_ids is not None:
             self.audio_boundary_ids = list(audio_boundary_ids)
+        self.projector_type = projector_type
+        self.downsampling = cast(Downsampling, downsampling)
+        self.num_projector_queries = num_projector_queries
         for name in ("ignore_index", "vocab_size"):  # transformers.js takes ignore_index for the audio token
             kwargs.pop(name, None)
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
@@ -90,6 +119,11 @@ class UltravoxConfig(PretrainedConfig):
         for part, implementation in zip(parts, attention, strict=True):
             if part._attn_implementation is None:
                 part._attn_implementation = implementation
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: of our own keys, those that make it another model than the public format's."""
+        content = super().to_dict()
+        return {key: value for key, value in content.items() if key not in OWN_KEYS or value != OWN_KEYS[key]}
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """The language model's configuration: generation reads its cache shape and vocabulary there."""

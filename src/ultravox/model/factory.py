@@ -30,7 +30,7 @@ from ultravox.model.audio_encoder import (
     keep_layers,
 )
 from ultravox.model.boundaries import AUDIO_END_TOKEN, AUDIO_START_TOKEN, grow_table
-from ultravox.model.configuration import ENCODERS, WAVEFORM_ENCODERS, UltravoxConfig
+from ultravox.model.configuration import ENCODERS, LAYERED_PROJECTORS, WAVEFORM_ENCODERS, UltravoxConfig
 from ultravox.model.folder import find_model_folder
 from ultravox.model.kernels import use_fast_linears
 from ultravox.model.modeling import UltravoxModel
@@ -38,6 +38,7 @@ from ultravox.model.pretrained import BUNDLED, quiet_loading, resolve_model
 from ultravox.model.processing import UltravoxProcessor, add_special_token
 from ultravox.tokens import AUDIO_TOKEN
 
+DEFAULT_PROJECTOR_LAYERS = 2
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -62,9 +63,8 @@ def build_model(model: ModelConfig) -> UltravoxModel:
         audio_tower.config,
         language_model.config,
         audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
-        stack_factor=model.stack_factor,
-        hidden_size=model.projector_hidden_size,
         audio_boundary_ids=boundaries,
+        **projector_settings(model),
     )
     for part in (config.audio_config, config.text_config):
         part._name_or_path = ""  # a local folder's path would travel with the checkpoint
@@ -105,6 +105,20 @@ def require_lora_targets(model: ModelConfig) -> None:
             except (ModelError, ValueError):  # of another kind than it should be: told where it is loaded
                 continue
             find_targets(skeleton, list(lora.target_modules))
+
+
+def projector_settings(model: ModelConfig) -> dict[str, Any]:
+    """What of a model's configuration decides its projector, as arguments of `UltravoxConfig`."""
+    layers = model.num_projector_layers or DEFAULT_PROJECTOR_LAYERS
+    return {
+        "stack_factor": model.stack_factor,
+        "hidden_size": model.projector_hidden_size,
+        "projector_type": "swiglu" if model.projector == "swiglu_v0.4" else model.projector,
+        "projector_ln_mid": model.projector != "swiglu_v0.4",
+        "downsampling": model.downsampling,
+        "num_projector_layers": layers if model.projector in LAYERED_PROJECTORS else 0,
+        "num_projector_queries": model.num_projector_queries,
+    }
 
 
 def build_processor(model: ModelConfig) -> UltravoxProcessor:
@@ -223,7 +237,7 @@ def load_model(checkpoint: str | Path) -> tuple[UltravoxModel, UltravoxProcessor
         with quiet_loading():
             model, info = UltravoxModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
             processor = UltravoxProcessor.from_pretrained(folder)
-    except CheckpointError:
+    except (CheckpointError, ModelError):
         raise
     except Exception as error:  # safetensors, tokenizers and transformers each have errors of their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

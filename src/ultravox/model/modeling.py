@@ -21,7 +21,8 @@ from ultravox.model.boundaries import AudioBoundaries
 from ultravox.model.configuration import UltravoxConfig
 from ultravox.model.fusion import fuse
 from ultravox.model.manifest import verify_manifest, write_manifest
-from ultravox.model.projector import SwigluProjector
+from ultravox.model.projector import Projector
+from ultravox.model.projector_factory import projector_from_config
 from ultravox.tokens import IGNORE_INDEX
 
 _AUDIO_INPUTS = ("audio_values", "audio_lens", "audio_token_len")
@@ -59,21 +60,14 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
-        self.multi_modal_projector = SwigluProjector(
-            self.audio_tower.hidden_size,
-            config.hidden_size,
-            config.text_config.hidden_size,
-            config.stack_factor,
-            ln_mid=config.projector_ln_mid,
-            norm_init=config.projector_init_value,
-        )
         self.audio_boundaries: AudioBoundaries | None = None
         """Their rows while they train; None where there are none, or where they are rows like others."""
+        self.multi_modal_projector = projector_from_config(config, self.audio_tower.hidden_size)
         self.generation_config = self.language_model.generation_config
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, SwigluProjector):
+        if isinstance(module, Projector):
             module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
