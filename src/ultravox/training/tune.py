@@ -48,15 +48,11 @@ class TuneTask(SpeechTask):
         predictions = pool_predictions([count_predictions(*row) for row in rows])
         return LossOutput(total, predictions.num_positions, batch.audio_seconds, num_tokens, predictions=predictions)
 
-    def _forward(self, batch: SpeechBatch, *, training: bool) -> tuple[Tensor, list[TokenRow], int]:
-        """Sum of the losses, each row's best tokens beside its labels, and the positions without padding.
-
-        Augmented and packed in training alone.
-        """
-        audio = self.audio_embeddings(batch, augmented=training) if len(batch.lengths) else None
+    def tokens(self, batch: SpeechBatch) -> TokenBatch:
+        """A batch's conversations, each placeholder as often as its recording has positions, and what is supervised."""
         kind = self.stage.tune.loss_mask
         rows = zip(batch.input_ids, batch.supervised, strict=True)
-        tokens = collate_tokens(
+        return collate_tokens(
             batch.ids,
             batch.input_ids,
             [loss_mask(ids, supervised, self.audio_token_id, kind) for ids, supervised in rows],
@@ -64,6 +60,14 @@ class TuneTask(SpeechTask):
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
         )
+
+    def _forward(self, batch: SpeechBatch, *, training: bool) -> tuple[Tensor, list[TokenRow], int]:
+        """Sum of the losses, each row's best tokens beside its labels, and the positions without padding.
+
+        Augmented and packed in training alone.
+        """
+        audio = self.audio_embeddings(batch, augmented=training) if len(batch.lengths) else None
+        tokens = self.tokens(batch)
         inputs, labels, places, arguments = self._inputs(tokens, audio, self._packer if training else None)
         hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
         total, best = self._cross_entropy(hidden, labels)
