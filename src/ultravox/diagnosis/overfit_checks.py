@@ -51,7 +51,7 @@ def _overfit(bench: Workbench) -> Overfit:
     until = time.monotonic() + MOST_SECONDS
     exact, wrong, in_time = 0, [("", "")], True
     while practice.state.step < MOST_STEPS and wrong and in_time:
-        record = practice.train(CHUNK)
+        record = practice.train_of(CHUNK, MOST_STEPS)
         if record.loss < LEARNT:
             exact, wrong = _decode(bench, batch)
         in_time = time.monotonic() < until

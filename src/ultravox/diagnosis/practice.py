@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ultravox.config.schema import StageConfig
 from ultravox.training.batches import SpeechBatch
-from ultravox.training.optim import Optimizer, ParameterGroup
+from ultravox.training.optim import Optimizer, ParameterGroup, lr_factor
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.task import LoadedBatch, LossOutput
 from ultravox.training.trainer import LoopSettings, LoopState, StepRecord, run_stage
@@ -84,6 +84,18 @@ class _Still(LoopSettings):
 
 
 @dataclass(frozen=True, slots=True)
+class _Falling(LoopSettings):
+    """Down to 0 at the end of all its parts."""
+
+    total: int = 0
+
+    def lr_factor(self, step: int) -> float:
+        return lr_factor(
+            step, warmup_steps=self.warmup_steps, max_steps=self.total, schedule="cosine", final_share=0.0
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Ramp(LoopSettings):
     """The rate grows by a factor in each step, from a factor on."""
 
@@ -114,6 +126,10 @@ class Practice:
     def train(self, num_steps: int) -> StepRecord:
         """Some steps more; the record of the last."""
         return self._run(LoopSettings, num_steps, warmup_steps=warmup_steps(self.task.stage))
+
+    def train_of(self, num_steps: int, total: int) -> StepRecord:
+        """Some of `total` steps over which the rate falls to 0; the record of the last."""
+        return self._run(_Falling, num_steps, warmup_steps=warmup_steps(self.task.stage), total=total)
 
     def stand_still(self) -> StepRecord:
         """One step at rate 0; its gradients, divided by the count and not clipped, stay in the parameters."""
