@@ -17,4 +17,4 @@ def parts(tmp_path_factory):
     from tiny_run import save_tones
 
     folder = tmp_path_factory.mktemp("taught")
-    return save_taught_models(folder), save_tones(folder / "tones", num_clips=48)
+    return save_taught_models(folder), save_tones(folder / "tones", num_clips=128)

@@ -53,6 +53,16 @@ def detached_projector(patch):
     patch.setattr(SwigluProjector, "forward", forward)
 
 
+def deaf_projector(patch):
+    """Every position of every clip gets one and the same embedding."""
+    right = SwigluProjector.forward
+
+    def forward(self, frames, frame_lengths):
+        return right(self, torch.ones_like(frames), frame_lengths)
+
+    patch.setattr(SwigluProjector, "forward", forward)
+
+
 def zero_rate(patch):
     right = Optimizer.step
     patch.setattr(Optimizer, "step", lambda self, **options: right(self, **options | {"lr_factor": 0.0}))
@@ -235,6 +245,7 @@ BUGS = {
     double_shift: 5,
     missing_shift: 5,
     detached_projector: 6,
+    deaf_projector: 8,
     zero_rate: 6,
     swapped_pairs: 1,
     masked_end: 1,

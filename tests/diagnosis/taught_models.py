@@ -1,4 +1,4 @@
-"""A tiny language model that has learnt, in seconds, to repeat the words it is given: fresh ones cannot be diagnosed."""
+"""A tiny language model that has learnt to repeat the words it is given: a fresh one could not learn from audio."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tiny_run import WORDS, save_tiny_models
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperModel
 
 STEPS, BATCH = 250, 32
 TEXTS = ("<|im_start|>user\n{said}Transcribe<|im_end|>\n<|im_start|>assistant\n", "{said}<|im_end|>")
@@ -34,6 +34,12 @@ def save_taught_models(folder: Path) -> tuple[Path, Path]:
     )
     _teach(model, tokenizer)
     model.save_pretrained(llm)
+    encoder = WhisperModel.from_pretrained(whisper)
+    with torch.no_grad():  # random weights of the usual size make every tone sound alike
+        for parameter in encoder.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    encoder.save_pretrained(whisper)
     return llm, whisper
 
 

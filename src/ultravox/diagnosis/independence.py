@@ -10,7 +10,7 @@ from torch import Tensor
 from ultravox.audio.waveform import change_speed
 from ultravox.data.collate import pad_frames
 from ultravox.diagnosis.finding import Blame, Check, Finding, failed, passed
-from ultravox.diagnosis.workbench import Workbench, model_tolerance, needs_rows
+from ultravox.diagnosis.workbench import Workbench, model_tolerance, needs_tuned_rows
 from ultravox.errors import AudioError
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.rows import load_within
@@ -20,7 +20,10 @@ SAME = (1e-3, 5e-2)
 
 
 def check_independence(bench: Workbench) -> Finding:
-    """Losses and input gradients of rows in a batch against those of each alone, and encoder frames likewise."""
+    """Losses and input gradients of rows in a batch against those of each alone, and encoder frames likewise.
+
+    Not of `align`, whose matching term is a mean over the positions of its batch.
+    """
     bench.begin()
     rows = bench.several
     tolerance = model_tolerance(bench.model, *SAME)
@@ -143,6 +146,6 @@ CHECKS = [
         "a row's loss and input gradients are the same alone and in a batch: nothing comes from others or padding",
         Blame.MIXING,
         check_independence,
-        needs_rows,
+        needs_tuned_rows,
     )
 ]

@@ -90,9 +90,7 @@ class _Falling(LoopSettings):
     total: int = 0
 
     def lr_factor(self, step: int) -> float:
-        return lr_factor(
-            step, warmup_steps=self.warmup_steps, max_steps=self.total, schedule="cosine", final_share=0.0
-        )
+        return lr_factor(step, warmup_steps=self.warmup_steps, max_steps=self.total, schedule="cosine", final_share=0.0)
 
 
 @dataclass(frozen=True, slots=True)
