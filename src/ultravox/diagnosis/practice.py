@@ -170,6 +170,7 @@ def remove_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
+        for owner in (module, getattr(module, "config", None)):  # some layers ask their configuration each time
+            for name, value in list(vars(owner).items()) if owner is not None else ():
+                if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                    setattr(owner, name, 0.0)

@@ -132,6 +132,8 @@ class Workbench:
                     pass
         self.task.parameter_groups()
         self.task.train_mode()
+        for parameter in self.task.trainable.values():
+            parameter.grad = None
         return batch
 
     @cached_property
