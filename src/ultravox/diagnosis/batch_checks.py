@@ -106,7 +106,7 @@ def read_row(bench: Workbench, batch: SpeechBatch, index: int, ids: np.ndarray, 
     cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
     for first, last in pairwise(cuts):
         piece = ids[first:last]
-        said = f"{AUDIO_TOKEN} × {last - first}" if audio[first] else tokenizer.decode(piece)
+        said = f"[{AUDIO_TOKEN} × {last - first}]" if audio[first] else tokenizer.decode(piece)
         shown += f"⟦{said}⟧" if supervised[first] else said
     before = np.arange(len(ids)) < (stretches[0][0] if stretches else len(ids))
     return ReadRow(

@@ -50,7 +50,7 @@ def check_independence(bench: Workbench) -> Finding:
     }
     evidence = (
         f"{len(rows)} rows in one batch against each alone: losses differ by {loss_unlike:.1e}, gradients of their "
-        f"audio by {worst:.1e} ({where or 'no row'})"
+        f"audio by {worst:.1e} ({where or 'none of them'})"
     )
     if heard:
         evidence += f", encoder frames of {heard} recordings by {frames_unlike:.1e}"
