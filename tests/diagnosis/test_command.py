@@ -1,6 +1,8 @@
 """`ultravox diagnose` on the command line: what it prints and writes, and how it ends."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -80,6 +82,12 @@ def test_the_help_names_every_check(capsys):
     assert len(CHECKS) >= 15
     for check in CHECKS:
         assert check.name in printed
+
+
+def test_the_page_of_the_docs_names_every_check():
+    page = (Path(__file__).parents[2] / "docs" / "diagnose.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, flags=re.MULTILINE)
+    assert rows == [(str(check.number), check.name) for check in CHECKS]
 
 
 def diagnosis_of(outcomes, checkpoint="run"):

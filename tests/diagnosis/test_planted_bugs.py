@@ -36,6 +36,17 @@ def test_a_healthy_run_has_no_fault(kind, seed, parts, tmp_path):
     assert not (tmp_path / "run").exists(), "nothing is written into the run's folder"
 
 
+@pytest.mark.parametrize(
+    ("key", "changes"), [("model", {"dtype": "bfloat16"}), ("stage", {"tune": {"loss_mask": "all_text"}})]
+)
+def test_learning_by_heart_in_16_bits_and_where_prompts_count(key, changes, parts, tmp_path):
+    content = config_of(parts, tmp_path).model_dump(mode="json")
+    content["model"].update(changes) if key == "model" else content["stages"][1].update(changes)
+    found = diagnose(RunConfig.model_validate(content), "healthy", numbers=[1, 5, 6, 8, 9, 10])
+    assert found.healthy, found.verdict
+    assert Status.SKIP not in statuses(found).values()
+
+
 def test_of_all_checks_the_verdict_names_the_cause(parts, tmp_path, monkeypatch):
     """A bug makes other checks fail too; what the verdict names first is the one to mend."""
     double_shift(monkeypatch)
