@@ -1,4 +1,4 @@
-"""Every shell block of docs/data.md is run as it stands, in order, in a folder that has what a checkout has."""
+"""Every shell block of these pages is run as it stands, in order, in a folder that has what a checkout has."""
 
 import os
 import re
@@ -11,14 +11,14 @@ import pytest
 from ultravox.files import ultravox_home
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "data.md").read_text()
+PAGES = "\n".join((ROOT / "docs" / name).read_text() for name in ("data.md", "diagnose.md"))
 
 
 def blocks() -> list[tuple[str, str]]:
     """Heading and content of each shell block."""
     found, heading = [], ""
     for match in re.finditer(
-        r"^#+ (?P<heading>[^\n]*)$|^```bash\n(?P<block>.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL
+        r"^#+ (?P<heading>[^\n]*)$|^```bash\n(?P<block>.*?)^```", PAGES, flags=re.MULTILINE | re.DOTALL
     ):
         heading = match["heading"] or heading
         if match["block"]:

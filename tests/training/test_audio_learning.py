@@ -9,11 +9,13 @@ import torch
 from tiny_run import tiny_config
 
 from ultravox.config.schema import RunConfig
+from ultravox.data.order import Position
 from ultravox.errors import CheckpointError, ConfigError
 from ultravox.model.factory import build_model, build_processor, load_model
 from ultravox.training.heads import load_stop_head
 from ultravox.training.run import run_training
 from ultravox.training.speech import prepare_speech
+from ultravox.training.speech_task import SpeechTask
 from ultravox.training.tune import TuneTask
 
 
@@ -51,10 +53,10 @@ def test_some_clips_are_cut_and_say_nothing_of_their_text(parts, tmp_path):
     assert len(batch.whole) == len(batch.ids)
     assert 0 < sum(batch.whole) < len(batch.whole)
     lengths = dict(zip(batch.ids, batch.seconds, strict=True))
-    found = task.ending.dialogues(batch)
+    plain = SpeechTask.make_batch(task, task.order.batch(0, 0, 0), Position())
     for row, whole in enumerate(batch.whole):
-        assert found.supervised[row].any() == whole
-        assert np.array_equal(found.input_ids[row], batch.input_ids[row])
+        assert batch.supervised[row].any() == whole
+        assert np.array_equal(plain.input_ids[row], batch.input_ids[row])
     again = task.batch()
     assert again.whole == batch.whole
     assert dict(zip(again.ids, again.seconds, strict=True)) == lengths
@@ -62,8 +64,7 @@ def test_some_clips_are_cut_and_say_nothing_of_their_text(parts, tmp_path):
 
 def test_a_late_answer_says_whether_the_clip_is_whole(parts, tmp_path):
     task = make_task(config_of(parts, tmp_path, LATE))
-    batch = task.batch()
-    found = task.ending.dialogues(batch)
+    batch, found = SpeechTask.make_batch(task, task.order.batch(0, 0, 0), Position()), task.batch()
     for row, whole in enumerate(batch.whole):
         before = task.tokenizer.decode(batch.input_ids[row][batch.supervised[row]])
         after = task.tokenizer.decode(found.input_ids[row][found.supervised[row]])
@@ -80,8 +81,6 @@ def test_states_are_those_of_the_audio(parts, tmp_path, tune, packing):
     """Packed or not, the states handed to an objective are those of each row by itself, in the order of the rows."""
     task = make_task(config_of(parts, tmp_path, tune, packing=packing))
     batch = task.batch()
-    if task.ending is not None:
-        batch = task.ending.dialogues(batch)
     with torch.no_grad():
         found = task._of_audio(task._states(batch, training=True))
         audio, counts = task.audio_embeddings(batch, augmented=False)
@@ -97,7 +96,7 @@ def test_states_are_those_of_the_audio(parts, tmp_path, tune, packing):
 
 def test_early_is_the_language_models_own_words(parts, tmp_path):
     task = make_task(config_of(parts, tmp_path, EARLY))
-    batch = task.ending.dialogues(task.batch())
+    batch = task.batch()
     with torch.no_grad():
         states = task._of_audio(task._states(batch, training=True))
         total, count, means = task.ending.loss(states, batch)
@@ -116,7 +115,7 @@ def test_early_is_the_language_models_own_words(parts, tmp_path):
 def test_a_batch_counts_tokens_and_positions_by_their_weights(parts, tmp_path):
     tune = {"end_of_audio": {"variant": "head", "weight": 0.25}}
     task = make_task(config_of(parts, tmp_path, tune))
-    batch = task.ending.dialogues(task.batch())
+    batch = task.batch()
     output = task._loss(task.batch())
     tokens = sum(int(supervised.sum()) for supervised in batch.supervised)
     positions = sum(sum(row) for row in batch.audio_tokens)

@@ -72,12 +72,13 @@ def test_only_their_rows_train(parts, tmp_path, packing):
 
 def test_a_share_of_the_clips_has_them(parts, tmp_path):
     task, _ = make_task(config_of(parts, tmp_path, share=0.5))
-    rows = task._bounded(task.batch(), 0.5).input_ids
+    rows = task.batch().input_ids
     has = [task.boundary_ids[0] in ids for ids in rows]
     assert 0 < sum(has) < len(has)
     assert all((task.boundary_ids[1] in ids) == there for ids, there in zip(rows, has, strict=True))
-    assert all(task.boundary_ids[0] in ids for ids in task._bounded(task.batch()).input_ids)
-    assert {len(ids) - 1 for ids in task._bounded(task.batch()).input_ids} <= set(task.text_tokens.reshape(-1).tolist())
+    whole = make_task(config_of(parts, tmp_path))[0].batch().input_ids
+    assert all(task.boundary_ids[0] in ids for ids in whole)
+    assert {len(ids) - 1 for ids in whole} <= set(task.text_tokens.reshape(-1).tolist())
 
 
 def test_a_run_saves_them_and_inference_uses_them(parts, tmp_path):
@@ -100,7 +101,7 @@ def test_a_run_saves_them_and_inference_uses_them(parts, tmp_path):
     inputs = processor(text=prompt, audio=waveform)
     task, _ = make_task(config_of(parts, tmp_path / "other"))
     example = next(example for example in task.examples if example.id == row["id"])
-    bounded = task._bounded(task.first_versions([example]))
+    bounded = task.first_versions([example])
     written = bounded.input_ids[0][~bounded.supervised[0]]
     counts = np.where(written == task.audio_token_id, bounded.audio_tokens[0][0], 1)
     assert inputs["input_ids"][0].tolist() == np.repeat(written, counts)[: inputs["input_ids"].shape[1]].tolist()

@@ -126,3 +126,15 @@ def test_bfloat16_parameters_keep_small_updates_and_resume_exactly():
     steps(first, weight, 5)
     steps(second, twin, 5)
     assert torch.equal(first.state_dict()["w.master"], second.state_dict()["w.master"])
+
+
+def test_gradients_of_16_bits_do_not_stay_for_the_next_step():
+    """AdamW holds float32 copies of such parameters: their own gradients must go too, or all steps' would add up."""
+    parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = Optimizer([ParameterGroup("p", {"w": parameter}, 0.1)], weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
+    norms = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        parameter.sum().backward()
+        norms.append(optimizer.step(divisor=1.0, max_grad_norm=1e9, lr_factor=1.0))
+    assert norms == pytest.approx([2.0, 2.0, 2.0])

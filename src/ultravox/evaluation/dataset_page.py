@@ -12,7 +12,7 @@ from ultravox.errors import AudioError
 from ultravox.evaluation.figures import histogram
 from ultravox.evaluation.inspection import MEANINGS, Inspection, worst_rows
 from ultravox.evaluation.media import compressed_audio, data_uri
-from ultravox.evaluation.report import both_widths, page_environment
+from ultravox.evaluation.report import both_widths, page_environment, page_style
 from ultravox.files import atomic_write
 
 MOST_ROWS = 60
@@ -45,7 +45,7 @@ def write_dataset_page(path: Path, name: str, splits: Mapping[str, Sequence[Clip
                 ]
                 for split, many in splits.items()
             },
-            style=Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
+            style=Markup(page_style()),
         )
     )
     atomic_write(path, content)

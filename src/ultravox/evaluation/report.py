@@ -55,6 +55,11 @@ def page_environment() -> Environment:
     return environment
 
 
+def page_style() -> str:
+    """The style sheet that all pages share."""
+    return Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
@@ -209,7 +214,7 @@ def render(folder: Path, results: dict, predictions: list[dict], run: Path | Non
         pictures=_pictures(folder, predictions, sound),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
         silent=sum(1 for row in [*clips, *questions] if row["audio_uri"] is None),
-        style=Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
+        style=Markup(page_style()),
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

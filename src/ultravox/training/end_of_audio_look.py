@@ -48,7 +48,7 @@ def end_of_audio_metrics(task: Any, examples: list[Example]) -> dict[str, float]
 
 def _scores(task: Any, batch: Any) -> list[np.ndarray]:
     """Of each row: the probability that the speaker has finished, at each audio position or (late) once."""
-    states = task._states(task.ending.dialogues(batch), training=False)
+    states = task._states(task.prepared(batch), training=False)
     if task.ending.options.variant == "late":
         first = (states.labels != IGNORE_INDEX).int().argmax(1)
         hidden = states.hidden[torch.arange(len(first)), first - 1]

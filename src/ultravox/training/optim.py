@@ -77,6 +77,8 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
+        for parameter in self._named.values():  # those that AdamW does not hold, but a copy of
+            parameter.grad = None
 
     def step(self, *, divisor: float, max_grad_norm: float, lr_factor: float, measure: bool = False) -> float:
         """Divide the gradients by `divisor`, scale them down to `max_grad_norm`, update.

@@ -12,6 +12,7 @@ from ultravox.audio.augment import generator_for
 from ultravox.audio.endpoints import ClipCutter
 from ultravox.config.schema import StageConfig
 from ultravox.data.collate import TokenBatch, collate_tokens, loss_mask
+from ultravox.data.order import PlannedBatch, Position
 from ultravox.errors import DataError
 from ultravox.metrics.error_rate import character_errors, word_error_rate
 from ultravox.metrics.token_predictions import count_predictions, pool_predictions
@@ -104,6 +105,19 @@ class TuneTask(SpeechTask):
             text = np.where(text > 0, text + around, 0).astype(np.int32)
         return examples, self.maker.planned_tokens(examples.lengths), text
 
+    def make_batch(self, planned: PlannedBatch, position: Position) -> SpeechBatch:
+        """See `SpeechTask`; with the answers of clips that are cut, and tokens around the recordings."""
+        share = self.stage.tune.boundary_share
+        return self.prepared(super().make_batch(planned, position), 1.0 if share is None else share)
+
+    def first_versions(self, examples: list[Example]) -> SpeechBatch:
+        """See `SpeechTask`; with tokens around each recording, as inference writes them."""
+        return self._bounded(super().first_versions(examples))
+
+    def prepared(self, batch: SpeechBatch, share: float = 1.0) -> SpeechBatch:
+        """What the objectives make of the batch's conversations."""
+        return self._bounded(batch if self.ending is None else self.ending.dialogues(batch), share)
+
     def _bounded(self, batch: SpeechBatch, share: float = 1.0) -> SpeechBatch:
         """The batch with the two tokens around the recordings of its rows, or of a random share of them."""
         if not self.boundary_ids:
@@ -121,7 +135,6 @@ class TuneTask(SpeechTask):
 
         A position counts by the weight of its objective, a token 1.
         """
-        batch = batch if self.ending is None else self.ending.dialogues(batch)
         batch, hidden = (batch, None) if self.next_frames is None else self.next_frames.hide(batch)
         states = self._states(batch, training=True)
         output = LossOutput(states.hidden.new_zeros(()), 0, batch.audio_seconds, states.tokens.num_tokens)
@@ -209,14 +222,11 @@ class TuneTask(SpeechTask):
         width = states.tokens.input_ids.shape[1]
         return total, _token_rows(best, states.labels, states.places, width), states.tokens.num_tokens
 
-    def _states(self, batch: SpeechBatch, *, training: bool) -> "_States":
-        """The decoder's last states of a batch."""
-        share = self.stage.tune.boundary_share
-        batch = self._bounded(batch, 1.0 if share is None or not training else share)
-        audio = self.audio_embeddings(batch, augmented=training) if len(batch.lengths) else None
+    def tokens(self, batch: SpeechBatch) -> TokenBatch:
+        """A batch's conversations, each placeholder as often as its recording has positions, and what is supervised."""
         kind = self.stage.tune.loss_mask
         rows = zip(batch.input_ids, batch.supervised, strict=True)
-        tokens = collate_tokens(
+        return collate_tokens(
             batch.ids,
             batch.input_ids,
             [loss_mask(ids, supervised, self.audio_token_id, kind) for ids, supervised in rows],
@@ -225,6 +235,11 @@ class TuneTask(SpeechTask):
             pad_token_id=self.pad_token_id,
             silent=[not whole for whole in batch.whole],
         )
+
+    def _states(self, batch: SpeechBatch, *, training: bool) -> "_States":
+        """The decoder's last states of a batch."""
+        audio = self.audio_embeddings(batch, augmented=training) if len(batch.lengths) else None
+        tokens = self.tokens(batch)
         inputs, labels, places, arguments = self._inputs(tokens, audio, self._packer if training else None)
         hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
         return _States(tokens, hidden, labels, places)
@@ -294,7 +309,7 @@ class TuneTask(SpeechTask):
 
     def transcribe(self, examples: list[Example]) -> list[str]:
         """Greedy decoding of the answers, all at once."""
-        batch = self._bounded(self.first_versions(examples))
+        batch = self.first_versions(examples)
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=False)
         rows = zip(batch.input_ids, batch.supervised, strict=True)
         prompts = [ids[: int(supervised.argmax())] for ids, supervised in rows]
