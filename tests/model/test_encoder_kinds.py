@@ -106,6 +106,7 @@ def test_a_model_with_it_hears_trains_and_is_saved(name, folders, tiny_models, m
         stack_factor=3,
         projector_hidden_size=32,
         train_audio_encoder=True,
+        train_feature_encoder=True,
         audio_encoder_layers=2,
     )
     model, processor = build_model(config), build_processor(config)
@@ -189,3 +190,32 @@ def test_parts_that_do_not_fit(folders, tmp_path):
     Wav2Vec2FeatureExtractor().save_pretrained(folder)
     with pytest.raises(ModelError, match="a feature extractor of another kind"):
         load_audio_encoder(str(folder))
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"wav2vec2-bert"}))
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_convolutions_over_the_samples_train_only_when_asked(kind, trains, folders, tiny_models):
+    config = ModelConfig(
+        language_model=str(tiny_models.llama),
+        chat_template="chatml.jinja",
+        audio_encoder=str(folders / kind),
+        train_audio_encoder=True,
+        train_feature_encoder=trains,
+    )
+    tower = build_model(config).audio_tower.train()
+    samples = torch.randn(1, 1, 4000, generator=torch.Generator().manual_seed(0))
+    frames, _ = tower(samples, torch.tensor([4000]))
+    frames.square().sum().backward()
+
+    convolutions = dict(tower.encoder.feature_extractor.named_parameters())
+    assert convolutions
+    assert all(parameter.requires_grad == trains for parameter in convolutions.values())
+    assert any(parameter.grad is not None for parameter in convolutions.values()) == trains
+    others = [p for name, p in tower.encoder.named_parameters() if not name.startswith("feature_extractor.")]
+    assert all(parameter.requires_grad for parameter in others)
+    assert any(parameter.grad is not None and bool(parameter.grad.abs().sum() > 0) for parameter in others)
+
+
+def test_training_only_the_convolutions_is_refused():
+    with pytest.raises(ValueError, match="no effect without train_audio_encoder"):
+        ModelConfig(train_feature_encoder=True)

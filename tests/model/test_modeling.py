@@ -333,7 +333,12 @@ def test_wrong_parts(tiny_models, tiny_model_config, tmp_path):
 def test_hubert_end_to_end(tiny_model_config, tiny_models, make_waveform, tmp_path):
     """Another kind of encoder through the same model: training, saving, loading, generating."""
     config = tiny_model_config.model_copy(
-        update={"audio_encoder": str(tiny_models.hubert), "train_audio_encoder": True, "stack_factor": 4}
+        update={
+            "audio_encoder": str(tiny_models.hubert),
+            "train_audio_encoder": True,
+            "train_feature_encoder": True,
+            "stack_factor": 4,
+        }
     )
     model, processor = build_model(config), build_processor(config)
     texts = [PROMPT.format("<|audio|>a"), PROMPT.format("<|audio|>b")]

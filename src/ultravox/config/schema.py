@@ -90,7 +90,14 @@ class ModelConfig(Section):
     audio_encoder_lora: EncoderLoraConfig = Field(
         default_factory=EncoderLoraConfig, description="adapters on the audio encoder"
     )
-    train_audio_encoder: bool = Field(False, description="train every weight of the audio encoder")
+    train_audio_encoder: bool = Field(
+        False, description="train the weights of the audio encoder; see train_feature_encoder"
+    )
+    train_feature_encoder: bool = Field(
+        False,
+        description="with train_audio_encoder, also train the convolutions over the samples (wav2vec 2.0 and its kin); "
+        "encoders without them train whole either way",
+    )
 
     @model_validator(mode="after")
     def _projector_uses_its_options(self) -> "ModelConfig":
@@ -115,6 +122,9 @@ class ModelConfig(Section):
         if self.train_audio_encoder and self.audio_encoder_lora.rank:
             message = "train_audio_encoder: true and audio_encoder_lora.rank > 0 exclude each other; drop one"
             raise misfit(message, "train_audio_encoder", "audio_encoder_lora.rank")
+        if self.train_feature_encoder and not self.train_audio_encoder:
+            message = "train_feature_encoder: true has no effect without train_audio_encoder: true; set both or none"
+            raise misfit(message, "train_feature_encoder", "train_audio_encoder")
         return self
 
 

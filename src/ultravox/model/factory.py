@@ -78,6 +78,9 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     if boundaries is not None:
         built.train_boundaries(boundaries)
     built.audio_tower.requires_grad_(model.train_audio_encoder)
+    if isinstance(audio_tower, WaveformAudioEncoder) and not model.train_feature_encoder:
+        # not requires_grad_ alone: these convolutions would still ask for the gradient of the samples
+        audio_tower.encoder.feature_extractor._freeze_parameters()
     if isinstance(audio_tower, WhisperAudioEncoder):
         audio_tower.embed_positions.requires_grad_(False)  # sinusoids, fixed in Whisper's training too
     for part, lora in (
