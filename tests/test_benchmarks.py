@@ -492,3 +492,42 @@ def test_a_projectors_training_is_the_command_on_its_file(projectors, monkeypatc
     )
     with pytest.raises(SystemExit, match="failed with code 2"):
         projectors.train("mlp", 2, 180)
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # it shares functions with defaults.py, as when it is run by itself
+    try:
+        return load("recipes")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_each_recipe_is_another_configuration(recipes):
+    for name, question in recipes.QUESTIONS.items():
+        configs = [load_config(recipes.CONFIG, overrides) for overrides in question.runs.values()]
+        assert len(configs) >= 8, name
+        assert all(config not in configs[:index] for index, config in enumerate(configs)), name
+    cells = {name: load_config(recipes.CONFIG, o) for name, o in recipes.QUESTIONS["cells"].runs.items()}
+    assert {len(config.stages) for name, config in cells.items() if "no align" in name} == {1}
+    assert {(c.model.downsampling, c.model.stack_factor) for c in cells.values()} == set(recipes.WAYS.values())
+
+
+def test_the_recipes_page_has_intervals_where_there_are_several(recipes):
+    found = {"wer": 0.3, "kept_out_token_accuracy": 0.8, "swapped_token_accuracy": 0.4, "audio_use_margin": 2.5}
+    runs = {str(seed): {**found, "wer": wer, "seconds": 300.0} for seed, wer in enumerate((0.30, 0.32, 0.34))}
+    page = recipes.page({"cells": {"stack 5, align": runs, "mean 5, align": {"0": runs["0"]}}})
+    assert "| stack 5, align | 32.0% ± 5.0 | 80.0% ± 0.0 | 40.0% ± 0.0 | 2.50 ± 0.00 | 3 | 5.0 |" in page
+    assert "| mean 5, align | 30.0% | 80.0% | 40.0% | 2.50 | 1 | 5.0 |" in page
+    assert "| – |" in recipes.page({"objectives": {"z-loss 1e-4": {"0": runs["0"]}}})
+
+
+def test_a_recipes_row_is_what_its_log_says_last(recipes, tmp_path):
+    rows = [{"stage": "align", "loss": 1.0, "wer": 0.9}]
+    rows += [{"stage": "tune", "loss": 2.0, "next_frame_skill": skill} for skill in (0.9, 0.1, 0.2, 0.3, 0.4, 0.5)]
+    evaluation = {"kept_out_token_accuracy": 0.8, "swapped_token_accuracy": 0.4, "audio_use_margin": 2.5}
+    rows += [{"stage": "tune", "wer": 0.5}, {"stage": "tune", "wer": 0.3, **evaluation}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "train.json").write_text(json.dumps({"stages": [{"seconds": 100}, {"seconds": 200}]}))
+    found = recipes.read(tmp_path, recipes.QUESTIONS["objectives"])
+    assert found == {"wer": 0.3, "seconds": 300, **evaluation, "next_frame_skill": pytest.approx(0.3)}
