@@ -53,7 +53,6 @@ USE = {
 
 
 def _steps(align: int, tune: int) -> list[str]:
-    # the warm-up of a stage that is left out need not fit
     return ["--stages.align.max_steps", str(align), "--stages.tune.max_steps", str(tune)]
 
 

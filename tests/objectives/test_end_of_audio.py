@@ -31,7 +31,7 @@ def test_the_head_is_torchs_weighted_loss():
     head = StopHead(6, positive_weight=7.0)
     torch.nn.init.normal_(head.linear.weight)
     states, labels = torch.randn(20, 6), torch.arange(20) % 5 == 0
-    total, count = head.loss(states, labels)
+    total, count = head.loss(head(states), labels)
     p = (states @ head.linear.weight[0] + head.linear.bias).sigmoid()
     expected = -(7 * labels * p.log() + ~labels * (1 - p).log()).sum()
     assert count == 20

@@ -125,6 +125,28 @@ def test_a_batch_counts_tokens_and_positions_by_their_weights(parts, tmp_path):
     assert alone.predictions is None
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("tune", [EARLY, HEAD], ids=["early", "head"])
+def test_a_batch_of_cut_clips_alone_and_one_of_texts_alone(parts, tmp_path, tune, smoothing):
+    """Nothing is supervised in the one, nothing is heard in the other."""
+    task = make_task(config_of(parts, tmp_path, {**tune, "label_smoothing": smoothing}))
+    batch = task.batch()
+    cut = [row for row, whole in enumerate(batch.whole) if not whole]
+    rows = [batch._part(slice(row, row + 1), slice(row, row + 1), row) for row in cut]
+    for row in rows:
+        output = task._loss(row)
+        assert output.count == sum(map(sum, row.audio_tokens))
+        output.sum.backward()
+        assert torch.isfinite(output.sum)
+    (text,) = [batch._part(slice(row, row + 1), slice(0, 0), row) for row in [batch.whole.index(True)]]
+    text.input_ids = [ids[ids != task.audio_token_id] for ids in text.input_ids]
+    text.supervised = [np.arange(len(ids)) > 3 for ids in text.input_ids]
+    text.audio_tokens = [[]]
+    output = task._loss(text)
+    assert output.count == output.predictions.num_positions > 0
+    assert torch.isfinite(output.sum)
+
+
 def test_what_is_hidden_is_not_heard(parts, tmp_path):
     """The hidden part's content changes neither the encoder's input nor, so, anything that is computed from it."""
     task = make_task(config_of(parts, tmp_path, NEXT))

@@ -246,6 +246,11 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    @property
+    def output_layer_trains(self) -> bool:
+        """Whether the output layer, or an adapter on it, has a gradient."""
+        return any(parameter.requires_grad for parameter in self.get_output_embeddings().parameters())
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,

@@ -58,9 +58,9 @@ class StopHead(nn.Module):
         """Logit that the speaker has finished."""
         return self.linear(states.float()).squeeze(-1)
 
-    def loss(self, states: Float[Tensor, "position hidden"], labels: Bool[Tensor, " position"]) -> tuple[Tensor, int]:
-        """Sum of the binary cross-entropies, positives weighted, and the number of positions."""
+    def loss(self, logits: Float[Tensor, " position"], labels: Bool[Tensor, " position"]) -> tuple[Tensor, int]:
+        """Sum of the binary cross-entropies of `forward`'s logits, positives weighted, and the number of positions."""
         total = F.binary_cross_entropy_with_logits(
-            self(states), labels.float(), pos_weight=self.positive_weight, reduction="sum"
+            logits, labels.float(), pos_weight=self.positive_weight, reduction="sum"
         )
         return total, len(labels)

@@ -121,7 +121,7 @@ def token_losses_of_hidden(
         of_chosen = None if emphasis is None else emphasis[chosen]
         return token_losses(logits_of(states), targets[chosen], weights, teacher, of_chosen)
 
-    if not frozen_head:
+    if not frozen_head or not len(hidden):
         return of(slice(None), hidden)
     blocks: list[TokenLosses] = []
     total = _ByBlocks.apply(hidden, of, blocks)

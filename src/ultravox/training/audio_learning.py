@@ -113,11 +113,13 @@ class EndOfAudio:
         chosen &= torch.repeat_interleave(torch.tensor([len(row) == 1 for row in batch.audio_tokens]), counts)
         labels, states = labels[chosen], states[chosen.to(states.device)]
         if self.head is not None:
-            total, count = self.head.loss(states, labels.to(states.device))
-            said = self.head(states) > 0
+            logits = self.head(states)
+            total, count = self.head.loss(logits, labels.to(states.device))
+            said = logits > 0
         else:
             targets = torch.where(labels, self.end_id, self.middle_id).to(states.device)
-            found = token_losses_of_hidden(states, targets, TokenWeights(), self.model.logits_of, frozen_head=False)
+            frozen = not self.model.output_layer_trains
+            found = token_losses_of_hidden(states, targets, TokenWeights(), self.model.logits_of, frozen_head=frozen)
             total, count, said = found.total, len(targets), found.best == self.end_id
         right = float((said.cpu() == labels).sum())
         return total, count, {"end_of_audio": (total.item(), count), "end_of_audio_position_accuracy": (right, count)}

@@ -177,7 +177,6 @@ class TuneTask(SpeechTask):
         teacher = emphasis = None
         if self.teacher is not None:
             teacher, emphasis = self._teacher_states(self.teacher, batch, where, targets)
-        head = self.model.get_output_embeddings()
         losses = token_losses_of_hidden(
             chosen,
             targets,
@@ -186,7 +185,7 @@ class TuneTask(SpeechTask):
             teacher_hidden=teacher,
             teacher_logits_of=None if self.teacher is None else self.teacher.logits,
             emphasis=emphasis,
-            frozen_head=not any(parameter.requires_grad for parameter in head.parameters()),
+            frozen_head=not self.model.output_layer_trains,
         )
         count = float(len(targets))
         parts = {"cross_entropy": (float(losses.cross_entropy), count)}
