@@ -7,8 +7,9 @@
 The forms are `configs/quickstart.yaml` and the files of `configs/projectors/`. Speed is forward and backward of the
 projector alone on random frames; each round takes each form once, in turn, and all rounds are one run. With
 `--align-seconds`, the quickstart's stage `align` is trained with each form for as many steps as take that long (40
-steps are timed before), and scored by the CTC word error rate on training-split clips that were kept out of training.
-Figures are added to `benchmarks/results/projectors.json`, and the tables in `docs/projectors.md` are written from it.
+steps of each are timed before), and scored by the CTC word error rate on training-split clips that were kept out of
+training. Figures are added to `benchmarks/results/projectors.json`, and the tables in `docs/projectors.md` are written
+from it; what has been timed or trained is not done again.
 """
 
 import argparse
@@ -111,18 +112,30 @@ def train(name: str, seed: int, steps: int) -> dict[str, Any]:
     return next(stage for stage in stages if stage["name"] == "align")
 
 
-def align(name: str, seconds: float, seeds: int) -> dict[str, Any]:
-    """Word error rate of each seed after as many steps as take so many seconds."""
+def time_steps(name: str, seconds: float) -> dict[str, Any]:
+    """How many steps take so many seconds; no runs yet."""
     pilot = train(name, 0, PILOT_STEPS)
     per_step = (pilot["seconds"] - pilot["evaluation_seconds"]) / PILOT_STEPS
-    steps = max(1, round(seconds / per_step))
-    runs = [train(name, seed, steps) for seed in range(seeds)]
     return {
-        "steps": steps,
         "asked_seconds": seconds,
-        "seconds": [run["seconds"] - run["evaluation_seconds"] for run in runs],
-        "wer": [run["final_wer"] for run in runs],
+        "seconds_per_step": per_step,
+        "steps": max(1, round(seconds / per_step)),
+        "wer": [],
     }
+
+
+def align(results: dict[str, Any], names: list[str], seconds: float, seeds: int) -> None:
+    """Word error rate of each seed after as many steps as take so many seconds. First all are timed, side by side."""
+    aligned = results["align"]
+    for name in names:
+        if name not in aligned or aligned[name]["asked_seconds"] != seconds:
+            aligned[name] = time_steps(name, seconds)
+            write(results)
+    for name in names:
+        for seed in range(len(aligned[name]["wer"]), seeds):
+            aligned[name]["wer"].append(train(name, seed, aligned[name]["steps"])["final_wer"])
+            write(results)
+        print(f"{name}: WER {interval(aligned[name]['wer'])}", flush=True)
 
 
 def interval(values: list[float]) -> str:
@@ -151,11 +164,11 @@ def tables(results: dict[str, Any]) -> str:
             "The stage `align` of the quickstart's data, each for about as long; greedy CTC decoding of clips that",
         ]
         lines += ["were kept out of training. WER: mean over the seeds with its 95% interval (Student's t).", ""]
-        lines += ["| `configs/` | WER | n seeds | steps | seconds |", "|---|---|---|---|---|"]
-        for name in (name for name in FORMS if name in results["align"]):
+        lines += ["| `configs/` | WER | n seeds | steps | ms a step |", "|---|---|---|---|---|"]
+        for name in (name for name in FORMS if results["align"].get(name, {}).get("wer")):
             one = results["align"][name]
-            seconds = statistics.fmean(one["seconds"])
-            lines.append(f"| `{name}` | {interval(one['wer'])} | {len(one['wer'])} | {one['steps']} | {seconds:.0f} |")
+            step = f"{1000 * one['seconds_per_step']:.0f}"
+            lines.append(f"| `{name}` | {interval(one['wer'])} | {len(one['wer'])} | {one['steps']} | {step} |")
     return "\n".join(lines) + "\n"
 
 
@@ -195,10 +208,8 @@ def main() -> None:
         results["speed"] = speed(list(FORMS), arguments.rounds, arguments.audio_seconds)
     write(results)
     print(tables(results), flush=True)
-    for name in names if arguments.align_seconds else []:
-        results["align"][name] = align(name, arguments.align_seconds, arguments.seeds)
-        write(results)
-        print(f"{name}: WER {interval(results['align'][name]['wer'])}", flush=True)
+    if arguments.align_seconds:
+        align(results, names, arguments.align_seconds, arguments.seeds)
 
 
 if __name__ == "__main__":

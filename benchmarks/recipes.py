@@ -13,6 +13,7 @@ the tables in `docs/recipes.md` are written from it.
 import argparse
 import json
 import math
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,15 @@ from pathlib import Path
 
 from defaults import MAX_SEEDS, ROOT, mean_and_half_width
 
+from ultravox.config.load import load_config
 from ultravox.files import atomic_write
 
 RESULTS = ROOT / "benchmarks" / "results" / "recipes.json"
 PAGE = ROOT / "docs" / "recipes.md"
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 CLIPS = 44
+Results = dict[str, dict[str, dict[str, dict[str, float]]]]
+"""Question → run → seed → figure."""
 LAST_ROWS = 5  # of the log, over which a loss is averaged
 
 
@@ -107,7 +111,8 @@ QUESTIONS = {
 
 
 def run(question: Question, name: str, seed: int) -> dict[str, float]:
-    """Train once in a process of its own; what the log says at the end, and seconds of training."""
+    """Train once in a process of its own; what the log says at the end, and the seconds of CPU that it took."""
+    before = _cpu_seconds()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "ultravox", "train", str(CONFIG), "--run_dir", f"{folder}/run"]
         command += ["--seed", str(seed), "--evaluation.num_progress_clips", str(CLIPS)]
@@ -115,18 +120,23 @@ def run(question: Question, name: str, seed: int) -> dict[str, float]:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\nfailed with code {done.returncode}:\n{done.stderr[-2000:]}")
-        return read(Path(folder, "run"), question)
+        return read(Path(folder, "run")) | {"cpu_seconds": _cpu_seconds() - before}
 
 
-def read(run_dir: Path, question: Question) -> dict[str, float]:
-    """What a question's columns show of a run, and its seconds of training."""
+def _cpu_seconds() -> float:
+    """Of the processes that have been waited for: what they took, whatever ran beside them."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def read(run_dir: Path) -> dict[str, float]:
+    """What the columns of any question show of a run."""
     rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    summary = json.loads((run_dir / "train.json").read_text())
     rows = [row for row in rows if row["stage"] == "tune"]
     evaluation = next(row for row in reversed(rows) if "wer" in row)
     trained = [row for row in rows if "loss" in row][-LAST_ROWS:]
-    found = {"seconds": sum(stage["seconds"] for stage in summary["stages"])}
-    for key in question.columns.values():
+    found = {}
+    for key in dict.fromkeys(key for question in QUESTIONS.values() for key in question.columns.values()):
         values = [row[key] for row in trained if key in row]
         if key in evaluation:
             found[key] = evaluation[key]
@@ -135,22 +145,33 @@ def read(run_dir: Path, question: Question) -> dict[str, float]:
     return found
 
 
-def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+def known_twin(results: Results, overrides: list[str], seed: int) -> dict[str, float] | None:
+    """What a run of the same configuration and seed gave, under whichever question; None = there was none."""
+    config = load_config(CONFIG, overrides)
+    for name, runs in results.items():
+        for run_name, seeds in runs.items():
+            if str(seed) in seeds and load_config(CONFIG, QUESTIONS[name].runs[run_name]) == config:
+                return seeds[str(seed)]
+    return None
+
+
+def page(results: Results) -> str:
     """The tables, from what has been measured so far."""
     lines = [
         "# What the ways of training are worth",
         "",
         "Written by `python benchmarks/recipes.py`; do not edit. Runs of about five minutes on two cores, all else as",
-        "in `configs/quickstart.yaml`. Scores are on 44 clips of the training split that were kept out of training,",
-        "the mean over seeds with its 95% interval (Student's t) where there are several. One seed says little:",
-        "between seeds, the quickstart's error rate moves by several points.",
+        "in `configs/quickstart.yaml`; CPU minutes count both cores and loading. Scores are on 44 clips of",
+        "the training split that were kept out of training, the mean over seeds with its 95% interval (Student's t)",
+        "where there are several. One seed says little: between seeds, the quickstart's error rate moves by several",
+        "points.",
     ]
     for name, question in QUESTIONS.items():
         if name not in results:
             continue
         lines += ["", f"## {question.title}", "", question.about, ""]
         lines += [
-            f"| run | {' | '.join(question.columns)} | n seeds | minutes |",
+            f"| run | {' | '.join(question.columns)} | n seeds | CPU minutes |",
             "|---" * (len(question.columns) + 3) + "|",
         ]
         for run_name in question.runs:
@@ -158,7 +179,7 @@ def page(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
             if not runs:
                 continue
             cells = [_cell(key, [found[key] for found in runs if key in found]) for key in question.columns.values()]
-            minutes = mean_and_half_width([found["seconds"] / 60 for found in runs])[0]
+            minutes = mean_and_half_width([found["cpu_seconds"] / 60 for found in runs])[0]
             lines.append(f"| {run_name} | {' | '.join(cells)} | {len(runs)} | {minutes:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -186,14 +207,15 @@ def main() -> None:
     known = [run_name for question in QUESTIONS.values() for run_name in question.runs]
     if odd := set(arguments.runs or ()) - set(known):
         parser.error(f"unknown run {', '.join(sorted(odd))}; expected some of {', '.join(known)}")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for seed in range(arguments.seeds):
         for name in arguments.questions or QUESTIONS:
             for run_name in QUESTIONS[name].runs:
                 of_run = results.setdefault(name, {}).setdefault(run_name, {})
                 if str(seed) in of_run or (arguments.runs and run_name not in arguments.runs):
                     continue
-                of_run[str(seed)] = run(QUESTIONS[name], run_name, seed)
+                same = known_twin(results, QUESTIONS[name].runs[run_name], seed)
+                of_run[str(seed)] = run(QUESTIONS[name], run_name, seed) if same is None else same
                 atomic_write(RESULTS, json.dumps(results, indent=1) + "\n")
                 atomic_write(PAGE, page(results))
                 print(f"{name}: {run_name}, seed {seed}: WER {100 * of_run[str(seed)]['wer']:.1f}%", flush=True)

@@ -457,11 +457,14 @@ def test_projectors_are_trained_for_the_same_time(projectors, monkeypatch):
     results = json.loads((KEPT / "projectors.json").read_text()) | {"align": {}}
     projectors.RESULTS.write_text(json.dumps(results))
     call(projectors, monkeypatch, "conv", "mlp", "--align-seconds", "90", "--seeds", "3")
-    assert runs[:4] == [("conv", 0, projectors.PILOT_STEPS), ("conv", 0, 180), ("conv", 1, 180), ("conv", 2, 180)]
+    assert runs[:2] == [("conv", 0, projectors.PILOT_STEPS), ("mlp", 0, projectors.PILOT_STEPS)]
+    assert runs[2:5] == [("conv", 0, 180), ("conv", 1, 180), ("conv", 2, 180)]
     page = projectors.PAGE.read_text()
-    assert "| `conv` | 42.0% ± 5.0 | 3 | 180 | 90 |" in page  # 4.30 · 2.0 / √3
-    assert "| `mlp` | 52.0% ± 5.0 | 3 | 180 | 90 |" in page
+    assert "| `conv` | 42.0% ± 5.0 | 3 | 180 | 500 |" in page  # 4.30 · 2.0 / √3
+    assert "| `mlp` | 52.0% ± 5.0 | 3 | 180 | 500 |" in page
     assert json.loads(projectors.RESULTS.read_text())["speed"] == results["speed"]
+    call(projectors, monkeypatch, "conv", "mlp", "--align-seconds", "90", "--seeds", "4")
+    assert runs[8:] == [("conv", 3, 180), ("mlp", 3, 180)]  # only what is missing
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--seeds", "6"], ["--rounds", "0"], ["no-such-form"]])
@@ -515,11 +518,20 @@ def test_each_recipe_is_another_configuration(recipes):
 
 def test_the_recipes_page_has_intervals_where_there_are_several(recipes):
     found = {"wer": 0.3, "kept_out_token_accuracy": 0.8, "swapped_token_accuracy": 0.4, "audio_use_margin": 2.5}
-    runs = {str(seed): {**found, "wer": wer, "seconds": 300.0} for seed, wer in enumerate((0.30, 0.32, 0.34))}
+    runs = {str(seed): {**found, "wer": wer, "cpu_seconds": 300.0} for seed, wer in enumerate((0.30, 0.32, 0.34))}
     page = recipes.page({"cells": {"stack 5, align": runs, "mean 5, align": {"0": runs["0"]}}})
     assert "| stack 5, align | 32.0% ± 5.0 | 80.0% ± 0.0 | 40.0% ± 0.0 | 2.50 ± 0.00 | 3 | 5.0 |" in page
     assert "| mean 5, align | 30.0% | 80.0% | 40.0% | 2.50 | 1 | 5.0 |" in page
     assert "| – |" in recipes.page({"objectives": {"z-loss 1e-4": {"0": runs["0"]}}})
+
+
+def test_a_run_that_is_known_under_another_question_is_not_done_again(recipes):
+    found = {"wer": 0.3, "cpu_seconds": 1.0}
+    results = {"cells": {"stack 5, align": {"0": found}, "stride 5, align": {"0": {"wer": 0.9}}}}
+    overrides = recipes.QUESTIONS["objectives"].runs["cross-entropy"]
+    assert recipes.known_twin(results, overrides, 0) == found
+    assert recipes.known_twin(results, overrides, 1) is None
+    assert recipes.known_twin(results, recipes.QUESTIONS["objectives"].runs["z-loss 1e-4"], 0) is None
 
 
 def test_a_recipes_row_is_what_its_log_says_last(recipes, tmp_path):
@@ -528,6 +540,5 @@ def test_a_recipes_row_is_what_its_log_says_last(recipes, tmp_path):
     evaluation = {"kept_out_token_accuracy": 0.8, "swapped_token_accuracy": 0.4, "audio_use_margin": 2.5}
     rows += [{"stage": "tune", "wer": 0.5}, {"stage": "tune", "wer": 0.3, **evaluation}]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (tmp_path / "train.json").write_text(json.dumps({"stages": [{"seconds": 100}, {"seconds": 200}]}))
-    found = recipes.read(tmp_path, recipes.QUESTIONS["objectives"])
-    assert found == {"wer": 0.3, "seconds": 300, **evaluation, "next_frame_skill": pytest.approx(0.3)}
+    found = recipes.read(tmp_path)
+    assert found == {"wer": 0.3, **evaluation, "next_frame_skill": pytest.approx(0.3)}
