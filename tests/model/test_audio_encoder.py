@@ -7,7 +7,7 @@ from transformers import HubertConfig, WhisperConfig, WhisperModel
 
 from ultravox.errors import AudioError, ModelError
 from ultravox.model.audio_encoder import WaveformAudioEncoder, WhisperAudioEncoder, encoder_from_config
-from ultravox.model.factory import load_audio_encoder
+from ultravox.model.audio_tower import load_audio_encoder
 
 
 def pad(features):

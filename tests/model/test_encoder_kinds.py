@@ -23,8 +23,9 @@ from transformers import (
 from ultravox.config.schema import ModelConfig
 from ultravox.errors import AudioError, ModelError
 from ultravox.model.audio_encoder import WhisperAudioEncoder, keep_layers
+from ultravox.model.audio_tower import load_audio_encoder
 from ultravox.model.configuration import ENCODERS
-from ultravox.model.factory import build_model, build_processor, load_audio_encoder, load_model, save_model
+from ultravox.model.factory import build_model, build_processor, load_model, save_model
 
 COMMON = {
     "hidden_size": 32,

@@ -40,10 +40,7 @@ def num_audio_tokens(num_frames: Count, stack_factor: int) -> Count:
 
 def num_convolution_frames(num_samples: int, layers: Sequence[Sequence[int]]) -> int:
     """Frames that unpadded (kernel, stride) convolutions make of `num_samples` (wav2vec 2.0, HuBERT)."""
-    frames = num_samples
-    for kernel, stride in layers:
-        frames = (frames - kernel) // stride + 1
-    return max(0, frames)
+    return chain_length(num_samples, convolution_chain(layers))
 
 
 def num_filterbank_frames(num_samples: int) -> int:
@@ -58,10 +55,39 @@ def num_stacked_frames(num_frames: Count, stride: int) -> Count:
 
 def receptive_field(layers: Sequence[Sequence[int]]) -> int:
     """The fewest samples that unpadded (kernel, stride) convolutions make a frame of."""
-    samples = 1
-    for kernel, stride in reversed(layers):
-        samples = (samples - 1) * stride + kernel
-    return samples
+    return least_samples(convolution_chain(layers))
+
+
+Chain = Sequence[Sequence[int]]
+"""(offset, divisor) of each step from samples to encoder frames: n becomes (n + offset) // divisor, and never less
+than 0. What every encoder here does to a window's length can be said so."""
+
+MEL_CHAIN = ((HOP_LENGTH - 1, HOP_LENGTH), (ENCODER_STRIDE - 1, ENCODER_STRIDE))
+
+
+def chain_length(count: int, chain: Chain) -> int:
+    """What a chain makes of a number of samples, or of what stands at its beginning."""
+    for offset, divisor in chain:
+        count = max(0, (count + offset) // divisor)
+    return count
+
+
+def convolution_chain(layers: Sequence[Sequence[int]]) -> Chain:
+    """The chain of unpadded (kernel, stride) convolutions."""
+    return [(stride - kernel, stride) for kernel, stride in layers]
+
+
+def filterbank_chain(stride: int) -> Chain:
+    """The chain of Kaldi's filterbank in stacks of `stride`."""
+    return [(HOP_LENGTH - FILTERBANK_SAMPLES, HOP_LENGTH), (stride - 1, stride)]
+
+
+def least_samples(chain: Chain) -> int:
+    """The fewest samples that a chain makes a frame of."""
+    count = 1
+    for offset, divisor in reversed(chain):
+        count = max(1, count * divisor - offset)
+    return count
 
 
 def window_lengths(num_samples: int, min_samples: int = 1) -> list[int]:

@@ -78,6 +78,32 @@ class ModelConfig(Section):
         description="keep only so many of the encoder's layers, from the first one on: quicker, and earlier layers of "
         "some encoders carry more of what is said; null = all",
     )
+    audio_encoder_layer_mix: bool = Field(
+        False,
+        description="a learned mix of all the encoder's layers (a weight each, softmax) instead of the last one; the "
+        "cache keeps them all",
+    )
+    second_audio_encoder: Name | None = Field(
+        None,
+        description="an encoder beside the first one, of as many frames a second; a frame holds the channels of both",
+    )
+    audio_padding: Literal["true_length", "padded"] = Field(
+        "true_length",
+        description="Whisper: what it hears behind a clip: nothing, or silence up to 30 s, as it was trained (slower)",
+    )
+    encoder_window_seconds: float | None = Field(
+        None,
+        ge=0.1,
+        le=30,
+        description="encode in blocks of so many seconds, each by itself, so that audio can be encoded as it comes; "
+        "null = each clip as a whole",
+    )
+    encoder_look_ahead_seconds: float = Field(
+        0.0, ge=0, le=10, description="seconds behind a block that are heard with it: what a block waits for"
+    )
+    encoder_context_seconds: float = Field(
+        0.0, ge=0, le=30, description="seconds before a block that are heard with it once more"
+    )
     chat_template: Name = Field(
         "model", description='"model" = the language model\'s own chat template, or the path of a Jinja file'
     )
@@ -115,6 +141,33 @@ class ModelConfig(Section):
         if self.downsampling != "stack" and self.stack_factor == 1:
             message = f"downsampling: {self.downsampling} has no effect with stack_factor: 1; drop it"
             raise misfit(message, "downsampling", "stack_factor")
+        return self
+
+    @model_validator(mode="after")
+    def _the_encoder_can_run_so(self) -> "ModelConfig":
+        window = self.encoder_window_seconds
+        for key in ("encoder_look_ahead_seconds", "encoder_context_seconds"):
+            if window is None and getattr(self, key):
+                raise misfit(
+                    f"{key} has no effect without encoder_window_seconds; set both or none",
+                    key,
+                    "encoder_window_seconds",
+                )
+        if window is not None and self.audio_padding == "padded":
+            message = "audio_padding: padded is for whole clips, encoder_window_seconds cuts them into blocks; drop one"
+            raise misfit(message, "audio_padding", "encoder_window_seconds")
+        frames = None if window is None else window * FRAMES_PER_SECOND
+        if frames is not None and (abs(frames - round(frames)) > 1e-6 or round(frames) % self.stack_factor):
+            raise misfit(
+                f"encoder_window_seconds: {window:g} is no whole number of positions of "
+                f"{self.stack_factor / FRAMES_PER_SECOND:g} s (stack_factor {self.stack_factor}), so a position would "
+                "wait for the next block; choose a multiple",
+                "encoder_window_seconds",
+                "stack_factor",
+            )
+        if self.audio_encoder_layer_mix and self.second_audio_encoder is not None:
+            message = "audio_encoder_layer_mix mixes the layers of one encoder, and there are two; drop one"
+            raise misfit(message, "audio_encoder_layer_mix", "second_audio_encoder")
         return self
 
     @model_validator(mode="after")

@@ -21,7 +21,17 @@ ENCODERS = ("whisper", *WAVEFORM_ENCODERS, "wav2vec2-bert")
 PROJECTORS = ("swiglu", "linear", "mlp", "conv", "transformer", "qformer")
 LAYERED_PROJECTORS = ("transformer", "qformer")
 #: What only this package reads, and what it is in the public format, where it is not written.
-OWN_KEYS = {"projector_type": "swiglu", "downsampling": "stack", "num_projector_queries": 1}
+OWN_KEYS: dict[str, Any] = {
+    "projector_type": "swiglu",
+    "downsampling": "stack",
+    "num_projector_queries": 1,
+    "audio_padding": "true_length",
+    "audio_blocks": None,
+    "audio_layer_mix": False,
+    "second_audio_config": None,
+    "audio_features": None,
+}
+AUDIO_PADDINGS = ("true_length", "padded")
 
 
 def _sub_config(config: PretrainedConfig | dict[str, Any] | None, default: str) -> PretrainedConfig:
@@ -50,6 +60,11 @@ class UltravoxConfig(PretrainedConfig):
         projector_type: one of `PROJECTORS`; None = "transformer" where there are projector layers, else "swiglu".
         downsampling: "stack", "stride", "mean" or "random": how the frames of a position become one.
         num_projector_queries: of each window of "qformer".
+        audio_padding: "true_length", or "padded": the encoder (Whisper) hears silence behind each clip, up to 30 s.
+        audio_blocks: frames of a block, of its look-ahead and of the context before it; None = clips run whole.
+        audio_layer_mix: a learned mix of all the encoder's layers instead of the last one.
+        second_audio_config: of an encoder whose frames stand beside the first one's; None = there is none.
+        audio_features: of each encoder, what its own configuration does not say of its features.
 
     Raises:
         ModelError: a projector or a downsampling that this version does not know.
@@ -75,6 +90,11 @@ class UltravoxConfig(PretrainedConfig):
         projector_type: str | None = None,
         downsampling: str = "stack",
         num_projector_queries: int = 1,
+        audio_padding: str = "true_length",
+        audio_blocks: list[int] | None = None,
+        audio_layer_mix: bool = False,
+        second_audio_config: PretrainedConfig | dict[str, Any] | None = None,
+        audio_features: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ):
         if projector_type is None:
@@ -83,6 +103,7 @@ class UltravoxConfig(PretrainedConfig):
             ("projector_act", projector_act, ("swiglu",)),
             ("projector_type", projector_type, PROJECTORS),
             ("downsampling", downsampling, DOWNSAMPLINGS),
+            ("audio_padding", audio_padding, AUDIO_PADDINGS),
         ):
             if value not in known:
                 raise ModelError(
@@ -108,10 +129,15 @@ class UltravoxConfig(PretrainedConfig):
         self.projector_type = projector_type
         self.downsampling = cast(Downsampling, downsampling)
         self.num_projector_queries = num_projector_queries
+        self.audio_padding = audio_padding
+        self.audio_blocks = audio_blocks
+        self.audio_layer_mix = audio_layer_mix
+        self.second_audio_config = second_audio_config and _sub_config(second_audio_config, "whisper")
+        self.audio_features = audio_features
         for name in ("ignore_index", "vocab_size"):  # transformers.js takes ignore_index for the audio token
             kwargs.pop(name, None)
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        parts = (self.audio_config, self.text_config)
+        parts = [part for part in (self.audio_config, self.second_audio_config, self.text_config) if part is not None]
         attention = [part._attn_implementation for part in parts]
         super().__init__(**kwargs)
         # the base class has just reset it in both parts, which may belong to models that exist already: without a

@@ -1,40 +1,39 @@
 """The one place that reads a model configuration and puts the parts together; and the way back from a folder."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoFeatureExtractor,
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    WhisperModel,
+    Wav2Vec2FeatureExtractor,
 )
 
-from ultravox.audio.features import StackedFilterbank, feature_extractor_of
 from ultravox.config.schema import ModelConfig
 from ultravox.errors import CheckpointError, ConfigError, ModelError
 from ultravox.model.adapters import add_lora, find_targets
 from ultravox.model.audio_encoder import (
     AudioEncoder,
-    Wav2Vec2BertAudioEncoder,
     WaveformAudioEncoder,
     WhisperAudioEncoder,
     encoder_from_config,
     keep_layers,
 )
+from ultravox.model.audio_tower import length_rule, load_audio_encoder, run_as, settings_of
 from ultravox.model.boundaries import AUDIO_END_TOKEN, AUDIO_START_TOKEN, grow_table
 from ultravox.model.configuration import ENCODERS, LAYERED_PROJECTORS, WAVEFORM_ENCODERS, UltravoxConfig
 from ultravox.model.folder import find_model_folder
+from ultravox.model.joint_encoder import JointAudioEncoder
 from ultravox.model.kernels import use_fast_linears
+from ultravox.model.loading import load_config, load_pretrained, unavailable
 from ultravox.model.modeling import UltravoxModel
-from ultravox.model.pretrained import BUNDLED, quiet_loading, resolve_model
+from ultravox.model.other_encoder import OtherAudioEncoder
+from ultravox.model.pretrained import quiet_loading, resolve_model
 from ultravox.model.processing import UltravoxProcessor, add_special_token
 from ultravox.tokens import AUDIO_TOKEN
 
@@ -50,9 +49,7 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     """
     dtype = getattr(torch, model.dtype)
     require_lora_targets(model)
-    audio_tower = load_audio_encoder(model.audio_encoder, dtype)
-    if model.audio_encoder_layers is not None:
-        keep_layers(audio_tower, model.audio_encoder_layers)
+    audio_tower = build_audio_tower(model, dtype)
     language_model = load_language_model(model.language_model, dtype)
     tokenizer = load_tokenizer(model.language_model, model.chat_template, boundaries=model.audio_boundaries)
     boundaries = None
@@ -64,9 +61,10 @@ def build_model(model: ModelConfig) -> UltravoxModel:
         language_model.config,
         audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
         audio_boundary_ids=boundaries,
+        **tower_settings(model, audio_tower),
         **projector_settings(model),
     )
-    for part in (config.audio_config, config.text_config):
+    for part in (config.audio_config, config.text_config, *filter(None, [config.second_audio_config])):
         part._name_or_path = ""  # a local folder's path would travel with the checkpoint
     built = UltravoxModel(config, audio_tower, language_model).to(dtype)
     built.multi_modal_projector.init_scale(built.embedding_rms())
@@ -78,17 +76,45 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     if boundaries is not None:
         built.train_boundaries(boundaries)
     built.audio_tower.requires_grad_(model.train_audio_encoder)
-    if isinstance(audio_tower, WaveformAudioEncoder) and not model.train_feature_encoder:
-        # not requires_grad_ alone: these convolutions would still ask for the gradient of the samples
-        audio_tower.encoder.feature_extractor._freeze_parameters()
-    if isinstance(audio_tower, WhisperAudioEncoder):
-        audio_tower.embed_positions.requires_grad_(False)  # sinusoids, fixed in Whisper's training too
+    for encoder in audio_tower.parts:
+        if isinstance(encoder, WaveformAudioEncoder) and not model.train_feature_encoder:
+            # not requires_grad_ alone: these convolutions would still ask for the gradient of the samples
+            encoder.encoder.feature_extractor._freeze_parameters()
+        if isinstance(encoder, WhisperAudioEncoder):
+            encoder.embed_positions.requires_grad_(False)  # sinusoids, fixed in Whisper's training too
     for part, lora in (
         (built.language_model, model.language_model_lora),
         (built.audio_tower, model.audio_encoder_lora),
     ):
         add_lora(part, lora.rank, lora.effective_alpha, list(lora.target_modules))
     return built
+
+
+def build_audio_tower(model: ModelConfig, dtype: torch.dtype) -> AudioEncoder:
+    """The pretrained encoder, or both that stand side by side."""
+    first = load_audio_encoder(model.audio_encoder, dtype)
+    if model.audio_encoder_layers is not None:
+        keep_layers(first, model.audio_encoder_layers)
+    if model.second_audio_encoder is None:
+        return first
+    return JointAudioEncoder(first, load_audio_encoder(model.second_audio_encoder, dtype))
+
+
+def tower_settings(model: ModelConfig, tower: AudioEncoder) -> dict[str, Any]:
+    """How a model's configuration lets its encoder run, as arguments of `UltravoxConfig`."""
+    blocks = None
+    if model.encoder_window_seconds is not None:
+        seconds = (model.encoder_window_seconds, model.encoder_look_ahead_seconds, model.encoder_context_seconds)
+        blocks = [round(part * tower.frames_per_second) for part in seconds]
+    second = tower.parts[1].config if len(tower.parts) > 1 else None
+    needs_features = blocks is not None or second is not None or isinstance(tower, OtherAudioEncoder)
+    return {
+        "audio_padding": model.audio_padding,
+        "audio_blocks": blocks,
+        "audio_layer_mix": model.audio_encoder_layer_mix,
+        "second_audio_config": second,
+        "audio_features": [settings_of(part) for part in tower.parts] if needs_features else None,
+    }
 
 
 def require_lora_targets(model: ModelConfig) -> None:
@@ -101,7 +127,7 @@ def require_lora_targets(model: ModelConfig) -> None:
         (model.audio_encoder, model.audio_encoder_lora, encoder_from_config),
     ):
         if lora.rank:
-            config = _load_config(resolve_model(name), name)
+            config = load_config(resolve_model(name), name)
             try:
                 with torch.device("meta"), quiet_loading():
                     skeleton = build(config)
@@ -127,44 +153,28 @@ def projector_settings(model: ModelConfig) -> dict[str, Any]:
 def build_processor(model: ModelConfig) -> UltravoxProcessor:
     """The processor that belongs to `build_model(model)`."""
     name = resolve_model(model.audio_encoder)
-    config = _load_config(name, model.audio_encoder)
+    config = load_config(name, model.audio_encoder)
     try:
         audio_processor = AutoFeatureExtractor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise _unavailable("feature extractor", model.audio_encoder, error) from error
+        raise unavailable("feature extractor", model.audio_encoder, error) from error
+    rules = []
+    if model.second_audio_encoder is not None:
+        rules = [length_rule(model.audio_encoder), length_rule(model.second_audio_encoder)]
+        audio_processor = Wav2Vec2FeatureExtractor(do_normalize=False)  # each makes its own features of the samples
+    elif config.model_type not in ENCODERS:
+        rules = [length_rule(model.audio_encoder)]
     return UltravoxProcessor(
         audio_processor,
         load_tokenizer(model.language_model, model.chat_template, boundaries=model.audio_boundaries),
         audio_boundaries=model.audio_boundaries,
         stack_factor=model.stack_factor,
-        convolution_layers=_convolution_layers(config),
+        convolution_layers=None if rules else _convolution_layers(config),
+        length_chains=[chain for chain, _ in rules] or None,
+        min_samples=max((least for _, least in rules), default=None),
+        audio_padding="true_length" if rules else model.audio_padding,
+        raw_features=model.encoder_window_seconds is not None and not rules,
     )
-
-
-def load_audio_encoder(name: str, dtype: torch.dtype = torch.float32) -> AudioEncoder:
-    """An encoder of a kind in `ENCODERS` with its weights, from a bundled name, a folder or a hub id.
-
-    Raises:
-        ModelError: not found, or no audio encoder.
-    """
-    path = resolve_model(name)
-    config = _load_config(path, name)
-    if config.model_type not in ENCODERS:
-        raise ModelError(
-            f"audio_encoder: {name!r} is a {config.model_type!r} model; expected one of {', '.join(ENCODERS)}, "
-            "such as 'whisper-tiny.en'"
-        )
-    if config.model_type != "whisper":
-        with torch.device("meta"):
-            encoder = _wrapped(config, path)
-        encoder.encoder = _load(AutoModel, path, name, dtype)
-        encoder.encoder.config.apply_spec_augment = False
-        return encoder
-    source = _load(WhisperModel, path, name, dtype).encoder
-    with torch.device("meta"):
-        whisper = WhisperAudioEncoder(source.config)
-    whisper.load_state_dict(source.state_dict(), assign=True)
-    return whisper.eval()
 
 
 def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -174,7 +184,7 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTra
         ModelError: not found, or no causal language model.
     """
     path = resolve_model(name)
-    config = _load_config(path, name)
+    config = load_config(path, name)
     # Whisper's decoder alone is a causal LM to transformers, but nobody who names it here wants that
     wrong = config.model_type in ENCODERS or config.model_type == UltravoxConfig.model_type or config.is_encoder_decoder
     if wrong or type(config) not in AutoModelForCausalLM._model_mapping:
@@ -182,7 +192,7 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> PreTra
             f"language_model: {name!r} is a {config.model_type!r} model; expected a causal language model, "
             "such as 'smollm2-135m-instruct'"
         )
-    return _load(AutoModelForCausalLM, path, name, dtype).eval()
+    return load_pretrained(AutoModelForCausalLM, path, name, dtype).eval()
 
 
 def load_tokenizer(name: str, chat_template: str = "model", *, boundaries: bool = False) -> Any:
@@ -195,7 +205,7 @@ def load_tokenizer(name: str, chat_template: str = "model", *, boundaries: bool 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise _unavailable("tokenizer", name, error) from error
+        raise unavailable("tokenizer", name, error) from error
     add_special_token(tokenizer, AUDIO_TOKEN)
     for token in (AUDIO_START_TOKEN, AUDIO_END_TOKEN) if boundaries else ():
         add_special_token(tokenizer, token)
@@ -277,35 +287,11 @@ def _load_base_models(model: UltravoxModel, missing: set[str]) -> set[str]:
             part = load(name, dtype)
         except ModelError as error:
             raise ModelError(f"the checkpoint builds on {name!r}, which is not to be had: {error}") from error
+        if prefix == "audio_tower.":
+            run_as(part, model.config)
         setattr(model, prefix[:-1], part)
         missing = {key for key in missing if not key.startswith(prefix)}
     return missing
-
-
-def _load_config(path: str, name: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unavailable("model", name, error) from error
-
-
-def _load(kind: Any, path: str, name: str, dtype: torch.dtype) -> Any:
-    try:
-        with quiet_loading():
-            return kind.from_pretrained(path, dtype=dtype)
-    except Exception as error:  # safetensors' errors are no OSError
-        raise _unavailable("model", name, error) from error
-
-
-def _unavailable(what: str, name: str, error: Exception) -> ModelError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    # by the last word of a hub id too: with its owner, or in capitals, a bundled model is easily meant
-    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), BUNDLED, n=1, cutoff=0.75)
-    return ModelError(
-        f"no {what} of {name!r} could be loaded ({reason}): "
-        + (f"did you mean {close[0]!r}? " if close else "")
-        + "expected a bundled name (ultravox models list), a local model folder, or a hub id and a network"
-    )
 
 
 def _read_template(name: str) -> str:
@@ -320,24 +306,3 @@ def _convolution_layers(config: PretrainedConfig) -> list[list[int]] | None:
     if config.model_type not in WAVEFORM_ENCODERS:
         return None
     return [list(layer) for layer in zip(config.conv_kernel, config.conv_stride, strict=True)]
-
-
-def _wrapped(config: PretrainedConfig, path: str) -> WaveformAudioEncoder | Wav2Vec2BertAudioEncoder:
-    """An encoder that is not Whisper, with the features that its folder asks for, and weights still to come."""
-    if config.model_type != "wav2vec2-bert":
-        return WaveformAudioEncoder(config, normalize=_normalizes(path))
-    try:
-        features = feature_extractor_of(AutoFeatureExtractor.from_pretrained(path))
-    except OSError:  # no preprocessor_config.json: transformers' own defaults
-        features = StackedFilterbank()
-    if not isinstance(features, StackedFilterbank):
-        raise ModelError(f"{path} is a W2v-BERT 2.0 with a feature extractor of another kind; take both from one model")
-    return Wav2Vec2BertAudioEncoder(config, features)
-
-
-def _normalizes(path: str) -> bool:
-    """Whether an encoder wants waveforms of mean 0 and variance 1; where nothing says so, transformers' default."""
-    try:
-        return bool(AutoFeatureExtractor.from_pretrained(path).do_normalize)
-    except OSError:  # no preprocessor_config.json; a hub that is out of reach is noticed with the weights, just after
-        return True

@@ -16,10 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ultravox.audio.lengths import num_audio_tokens
 from ultravox.errors import DataError
 from ultravox.model.adapters import lora_layers, merged_lora
-from ultravox.model.audio_encoder import AudioEncoder, encoder_from_config
+from ultravox.model.audio_encoder import AudioEncoder
+from ultravox.model.audio_tower import run_as, tower_from_config
 from ultravox.model.boundaries import AudioBoundaries
 from ultravox.model.configuration import UltravoxConfig
 from ultravox.model.fusion import fuse
+from ultravox.model.layer_mix import LayerMix
 from ultravox.model.manifest import verify_manifest, write_manifest
 from ultravox.model.projector import Projector
 from ultravox.model.projector_factory import projector_from_config
@@ -56,18 +58,21 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         for built in (audio_tower, language_model):
             for module in built.modules() if built is not None else ():
                 module._is_hf_initialized = True  # or post_init would draw its weights anew
-        self.audio_tower = encoder_from_config(config.audio_config) if audio_tower is None else audio_tower
+        self.audio_tower = tower_from_config(config) if audio_tower is None else audio_tower
+        run_as(self.audio_tower, config)
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
         self.audio_boundaries: AudioBoundaries | None = None
         """Their rows while they train; None where there are none, or where they are rows like others."""
-        self.multi_modal_projector = projector_from_config(config, self.audio_tower.hidden_size)
+        mixed = self.audio_tower.num_mixed
+        self.layer_mix = LayerMix(mixed) if self.audio_tower.mixes_layers else None
+        self.multi_modal_projector = projector_from_config(config, self.audio_tower.hidden_size // mixed)
         self.generation_config = self.language_model.generation_config
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Projector):
+        if isinstance(module, Projector | LayerMix):
             module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -105,7 +110,7 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         self, frames: Float[Tensor, "clip frame hidden"], frame_lengths: Int[Tensor, " clip"]
     ) -> tuple[Float[Tensor, "clip token llm_hidden"], Int[Tensor, " clip"]]:
         """Encoder frames (zero past their lengths) → embeddings at the language model's rate."""
-        return self.multi_modal_projector(frames, frame_lengths)
+        return self.multi_modal_projector(frames if self.layer_mix is None else self.layer_mix(frames), frame_lengths)
 
     def embed(
         self,

@@ -15,10 +15,13 @@ from transformers.utils import cached_file
 from ultravox.audio.features import FeatureExtractor, StackedFilterbank, feature_extractor_of, windows
 from ultravox.audio.lengths import (
     HOP_LENGTH,
+    MEL_CHAIN,
     SAMPLE_RATE,
+    Chain,
+    chain_length,
+    convolution_chain,
+    filterbank_chain,
     num_audio_tokens,
-    num_convolution_frames,
-    num_encoder_frames,
     receptive_field,
     window_lengths,
 )
@@ -43,6 +46,11 @@ class UltravoxProcessor(ProcessorMixin):
         stack_factor: encoder frames per language model position.
         convolution_layers: (kernel, stride) of each layer of an encoder that hears the waveform; None for Whisper.
         audio_boundaries: a token before and one after each clip; the tokenizer has them.
+        length_chains: from samples to frames, where the features alone do not say it: of each encoder that stands side
+            by side, the most frames of which count, or of one of another kind.
+        min_samples: the shortest window, where there are length_chains.
+        audio_padding: "padded" = Whisper hears silence behind each clip, up to 30 s.
+        raw_features: without the step that looks at the whole clip: for an encoder that runs in blocks.
     """
 
     attributes = ["audio_processor", "tokenizer"]  # noqa: RUF012 - as in the base
@@ -57,7 +65,13 @@ class UltravoxProcessor(ProcessorMixin):
         convolution_layers: Sequence[Sequence[int]] | None = None,
         chat_template: str | None = None,
         audio_boundaries: bool = False,
+        length_chains: Sequence[Chain] | None = None,
+        min_samples: int | None = None,
+        audio_padding: str = "true_length",
+        raw_features: bool = False,
     ):
+        self.length_chains, self.least_samples = length_chains, min_samples
+        self.audio_padding, self.raw_features = audio_padding, raw_features
         self.audio_boundaries = audio_boundaries
         self.stack_factor = stack_factor
         self.convolution_layers = convolution_layers
@@ -80,11 +94,14 @@ class UltravoxProcessor(ProcessorMixin):
     @property
     def features(self) -> FeatureExtractor:
         """The function from a window's waveform to the encoder's features."""
-        return feature_extractor_of(self.audio_processor)
+        padded = self.audio_padding == "padded"
+        return feature_extractor_of(self.audio_processor, padded=padded, raw=self.raw_features)
 
     @property
     def min_samples(self) -> int:
         """The shortest window that the encoder makes a frame of."""
+        if self.least_samples is not None:
+            return self.least_samples
         if self.convolution_layers is not None:
             return receptive_field(self.convolution_layers)
         extractor = self.features
@@ -92,14 +109,17 @@ class UltravoxProcessor(ProcessorMixin):
 
     def window_tokens(self, num_samples: int) -> list[int]:
         """Language model positions of each 30 s window of a clip."""
-        lengths, extractor = window_lengths(num_samples, self.min_samples), self.features
-        if self.convolution_layers is not None:
-            frames = [num_convolution_frames(length, self.convolution_layers) for length in lengths]
-        elif isinstance(extractor, StackedFilterbank):
-            frames = [extractor.length(length) for length in lengths]
-        else:
-            frames = [num_encoder_frames(extractor.length(length)) for length in lengths]
+        lengths, chains = window_lengths(num_samples, self.min_samples), self._chains()
+        frames = [max(chain_length(length, chain) for chain in chains) for length in lengths]
         return [num_audio_tokens(count, self.stack_factor) for count in frames]
+
+    def _chains(self) -> Sequence[Chain]:
+        if self.length_chains is not None:
+            return self.length_chains
+        if self.convolution_layers is not None:
+            return [convolution_chain(self.convolution_layers)]
+        extractor = self.features
+        return [filterbank_chain(extractor.stride) if isinstance(extractor, StackedFilterbank) else MEL_CHAIN]
 
     def __call__(
         self,
@@ -192,6 +212,13 @@ class UltravoxProcessor(ProcessorMixin):
             content["convolution_layers"] = [list(layer) for layer in self.convolution_layers]
         if self.audio_boundaries:
             content["audio_boundaries"] = True
+        if self.length_chains is not None:
+            content["length_chains"] = [[list(step) for step in chain] for chain in self.length_chains]
+            content["min_samples"] = self.least_samples
+        if self.audio_padding != "true_length":
+            content["audio_padding"] = self.audio_padding
+        if self.raw_features:
+            content["raw_features"] = True
         return content
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> list[str]:  # type: ignore[override]
@@ -220,6 +247,10 @@ class UltravoxProcessor(ProcessorMixin):
             stack_factor=settings["stack_factor"],
             convolution_layers=settings.get("convolution_layers"),
             audio_boundaries=settings.get("audio_boundaries", False),
+            length_chains=settings.get("length_chains"),
+            min_samples=settings.get("min_samples"),
+            audio_padding="padded" if settings.get("audio_padding") == "padded" else "true_length",
+            raw_features=settings.get("raw_features", False),
         )
 
 

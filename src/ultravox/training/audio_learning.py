@@ -164,7 +164,7 @@ class NextFrames:
         """
         self.options, self.model, self.features = options, model, features
         encoder = model.audio_tower
-        channels = int(encoder.features(np.zeros(1600, dtype=np.float32)).shape[0])
+        channels = int(encoder.features(np.zeros(SAMPLE_RATE, dtype=np.float32)).shape[0])
         self.is_waveform = channels == 1
         stack = model.config.stack_factor
         self.steps_per_frame = round(encoder.feature_extractor.length(SAMPLE_RATE) / encoder.frames_per_second)

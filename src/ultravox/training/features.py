@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ultravox.audio.augment import augment_frames, generator_for
-from ultravox.audio.features import NormalizedWaveform, StackedFilterbank, windows
+from ultravox.audio.features import windows
 from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE, window_lengths
 from ultravox.config.data import AugmentConfig
 from ultravox.data.cache import CacheKey, FeatureCache
@@ -29,16 +29,11 @@ class Features:
         self.model, self.encoder = model, model.audio_tower
         self.trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         extractor = self.encoder.feature_extractor
-        preprocessing = f"{type(extractor).__name__}-{extractor.version}"
-        if isinstance(extractor, NormalizedWaveform):  # neither weights nor configuration of the encoder tell
-            preprocessing += "-normalized" if extractor.normalize else "-raw"
-        if isinstance(extractor, StackedFilterbank):
-            preprocessing += f"-{extractor.num_mel_bins}x{extractor.stride}"
         if self.trains:
-            channels = int(self.encoder.features(np.zeros(1600, dtype=np.float32)).shape[0])
-            key = CacheKey("features only", preprocessing, channels, "float32")
+            channels = int(self.encoder.features(np.zeros(SAMPLE_RATE, dtype=np.float32)).shape[0])
+            key = CacheKey("features only", extractor.name, channels, "float32")
         else:
-            key = CacheKey(module_hash(self.encoder), preprocessing, self.encoder.hidden_size, dtype)
+            key = CacheKey(module_hash(self.encoder), self.encoder.way, self.encoder.hidden_size, dtype)
         self.cache = FeatureCache(key, "none, it trains" if self.trains else name)
         steps = extractor.length if self.trains else self.encoder.output_length
         self.steps_per_second = steps(SAMPLE_RATE)

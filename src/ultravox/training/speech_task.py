@@ -30,7 +30,7 @@ from ultravox.training.task import LossOutput
 
 BEGINNING = Position()
 PARTS = {
-    "projector": ("multi_modal_projector.", "audio_boundaries."),
+    "projector": ("multi_modal_projector.", "audio_boundaries.", "layer_mix."),
     "language_model": ("language_model.",),
     "audio_encoder": ("audio_tower.",),
 }
