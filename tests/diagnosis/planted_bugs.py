@@ -1,5 +1,6 @@
 """Bugs as they happen, planted into the real pipeline: each a function that gets pytest's monkeypatch."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,13 @@ from ultravox.audio.features import LogMel
 from ultravox.data import loader
 from ultravox.data.order import DataOrder
 from ultravox.data.templates import PromptTemplate
+from ultravox.model.adapters import lora_layers
 from ultravox.model.audio_encoder import WhisperAudioEncoder
 from ultravox.model.packing import Packer
 from ultravox.model.projector import SwigluProjector
+from ultravox.objectives.alignment import CtcAlignment
 from ultravox.tokens import IGNORE_INDEX
-from ultravox.training import tune
+from ultravox.training import features, teacher, tune
 from ultravox.training.batches import BatchMaker
 from ultravox.training.optim import Optimizer
 from ultravox.training.speech_task import SpeechTask
@@ -241,6 +244,53 @@ def epoch_ignored(patch):
     patch.setattr(DataOrder, "batch", lambda self, epoch, window, index: right(self, 0, window, index))
 
 
+def teacher_with_adapters(patch):
+    patch.setattr(teacher, "without_adapters", nullcontext)
+
+
+def inverted_time_masks(patch):
+    """What a mask was to hide is all that is left."""
+    right = features.augment_frames
+
+    def augment_frames(frames, *arguments, **options):
+        before = frames.clone()
+        masked = right(frames, *arguments, **options)
+        hidden = (masked == 0).all(-1, keepdim=True)
+        return torch.where(hidden, before, torch.zeros(()))
+
+    patch.setattr(features, "augment_frames", augment_frames)
+
+
+def noise_of_another_scale(patch):
+    right = features.augment_frames
+
+    def augment_frames(*arguments, noise_std, **options):
+        return right(*arguments, noise_std=100 * noise_std, **options)
+
+    patch.setattr(features, "augment_frames", augment_frames)
+
+
+def targets_without_blank(patch):
+    """The rows of the tokens begin at 0, which is the blank's."""
+    right = CtcAlignment.targets
+    patch.setattr(CtcAlignment, "targets", lambda self, token_ids: (right(self, token_ids) - 1).clamp(min=1))
+
+
+def merged_for_good(patch):
+    """Adapters are merged for generation and stay in the weights."""
+    right = tune.merged_lora
+
+    @contextmanager
+    def merged(module):
+        with right(module):
+            layers = {name: layer.weight.detach().clone() for name, layer in lora_layers(module).items()}
+            yield
+        for name, layer in lora_layers(module).items():
+            layer.weight.data = layers[name]
+
+    patch.setattr(tune, "merged_lora", merged)
+
+
 BUGS = {
     double_shift: 5,
     missing_shift: 5,
@@ -266,5 +316,10 @@ BUGS = {
     rate_without_bound: 13,
     dealt_out_twice: 15,
     epoch_ignored: 15,
+    merged_for_good: 8,
+    teacher_with_adapters: 16,
+    inverted_time_masks: 17,
+    noise_of_another_scale: 17,
+    targets_without_blank: 18,
 }
 """Each with the check that must name it."""

@@ -54,7 +54,7 @@ def test_a_fault(config_file, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--checks", "17"], "there is no check 17: choose from 1, 2"),
+        (["--checks", "19"], "there is no check 19: choose from 1, 2"),
         (["--checks", "one"], "expected numbers such as 1,2,5"),
         (["--checkpoint", "nowhere"], "nowhere is no run folder"),
         (["--seeds", "1"], "seed"),

@@ -8,11 +8,14 @@ from ultravox.config.schema import RunConfig
 from ultravox.diagnosis.finding import Status
 from ultravox.diagnosis.run import diagnose
 
+NOT_ASKED = {"aligned": {16}, "tuned": {16, 18}, "encoder": {16, 17}, "taught": set()}
+"""Of each kind of run: it has no teacher, does not augment frames, or does not align."""
+
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
 def test_a_planted_bug_is_named(bug, parts, tmp_path, monkeypatch):
     number = BUGS[bug]
-    config = config_of(parts, tmp_path)
+    config = config_of(parts, tmp_path, "taught" if number in (16, 17) else "aligned")
     bug(monkeypatch)
     found = diagnose(config, "planted", numbers=[number])
     (result,) = found.results
@@ -25,14 +28,16 @@ def test_a_planted_bug_is_named(bug, parts, tmp_path, monkeypatch):
     assert str(result.check.blame) in found.verdict
 
 
-@pytest.mark.parametrize("kind", ["aligned", "tuned", "encoder"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("kind", "seed"), [*((kind, seed) for kind in ("aligned", "tuned", "encoder") for seed in range(3)), ("taught", 0)]
+)
 def test_a_healthy_run_has_no_fault(kind, seed, parts, tmp_path):
     found = diagnose(config_of(parts, tmp_path, kind, seed=seed), "healthy")
     assert found.healthy, found.verdict
-    assert {number for number, status in statuses(found).items() if status == Status.SKIP} == {11, 12}
-    assert [result.check.number for result in found.results] == list(range(1, 16))
-    assert "No fault found in 13 checks" in found.verdict
+    skipped = {number for number, status in statuses(found).items() if status == Status.SKIP}
+    assert skipped == {11, 12} | NOT_ASKED[kind]
+    assert [result.check.number for result in found.results] == list(range(1, 19))
+    assert f"No fault found in {18 - len(skipped)} checks" in found.verdict
     assert not (tmp_path / "run").exists(), "nothing is written into the run's folder"
 
 
@@ -89,5 +94,5 @@ def test_an_alignment_alone_is_checked_as_far_as_it_goes(parts, tmp_path):
     found = diagnose(config, "align")
     assert found.healthy, found.verdict
     passed = {number for number, status in statuses(found).items() if status in (Status.PASS, Status.WARN)}
-    assert passed == {4, 6, 7, 13, 15}
+    assert passed == {4, 6, 7, 13, 15, 17, 18}
     assert "no stage with objective tune" in found.results[0].finding.evidence

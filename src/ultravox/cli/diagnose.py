@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ultravox.diagnosis.finding import Diagnosis, Result
 
 HELP = (
-    "Check a run before, or without, training it: fifteen checks of its data, labels, model and optimizer, built from "
+    "Check a run before, or without, training it: eighteen checks of its data, labels, model and optimizer, built from "
     "the config as `ultravox train` builds them, and one verdict. Nothing is written into the run's folder. Exit code "
     "1 when a check fails."
 )

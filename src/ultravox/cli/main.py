@@ -24,7 +24,7 @@ from ultravox.files import DISK_ERRORS
 
 COMMANDS = {
     "train": "train a model as a config file says",
-    "diagnose": "find out why a loss does not go down: fifteen checks of data, labels, model and optimizer",
+    "diagnose": "find out why a loss does not go down: eighteen checks of data, labels, model and optimizer",
     "evaluate": "measure a trained model on held-out speech, with controls and bounds, and write a report",
     "ask": "ask a model about recordings; the answer streams",
     "transcribe": "write down what is said in audio files",

@@ -3,6 +3,7 @@
 from ultravox.diagnosis import (
     batch_checks,
     independence,
+    objective_checks,
     order_check,
     overfit_checks,
     start_checks,
@@ -22,6 +23,7 @@ CHECKS: list[Check] = sorted(
             independence,
             trained_checks,
             order_check,
+            objective_checks,
         )
         for check in module.CHECKS
     ],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ultravox.config.data import AugmentConfig
+from ultravox.config.objectives import TuneOptions
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.diagnosis.practice import Practice, remove_dropout
 from ultravox.errors import CheckpointError, UltravoxError
@@ -24,6 +25,7 @@ from ultravox.training.run import TASKS, seed_everything
 from ultravox.training.speech import SpeechData, prepare_speech
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.stream import prepare_stream
+from ultravox.training.teacher import Teacher
 from ultravox.training.tune import TuneTask
 
 #: Examples that rows are chosen from.
@@ -45,7 +47,7 @@ class Workbench:
     processor: Any
     data: SpeechData
     stage: StageConfig
-    """The stage that is looked at, without augmentation."""
+    """The stage that is looked at, without augmentation, and with the cross-entropy alone."""
     task: SpeechTask
     checkpoint: Path | None
     """The run folder whose weights are looked at; None = fresh ones."""
@@ -125,7 +127,7 @@ class Workbench:
         batch = self.task.first_versions(self.few)
         if self.align is not None and self.checkpoint is None:
             sources = set(self.align.examples.sources.tolist()) if self.data.stream is None else None
-            rows = [row for row in self.few if (sources is None or row.source in sources) and _fits_ctc(self, row)]
+            rows = [row for row in self.few if (sources is None or row.source in sources) and fits_ctc(self, row)]
             if rows:
                 practice = Practice.of(self.align, [self.align.first_versions(rows)])
                 while practice.state.step < ALIGN_STEPS and practice.train(10).loss > ALIGNED:
@@ -137,12 +139,22 @@ class Workbench:
         return batch
 
     @cached_property
+    def teacher(self) -> Teacher | None:
+        """The stage's own, if it distils."""
+        stage = next(stage for stage in self.config.stages if stage.name == self.stage.name)
+        if not stage.tune.distillation.weight:
+            return None
+        task = _make_task(self.config, self.model, self.processor, self.data, stage)
+        assert isinstance(task, TuneTask)
+        return task.teacher
+
+    @cached_property
     def align(self) -> AlignTask | None:
         """The run's alignment before the stage, if it has one and some of the few rows can be aligned."""
         before = self.config.stages[: [stage.name for stage in self.config.stages].index(self.stage.name)]
         for stage in before:
             if stage.objective == "align" and isinstance(self.task, TuneTask):
-                task = _make_task(self.config, self.model, self.processor, self.data, without_augmentation(stage))
+                task = _make_task(self.config, self.model, self.processor, self.data, plain_stage(stage))
                 assert isinstance(task, AlignTask)
                 return task
         return None
@@ -166,7 +178,7 @@ def build_workbench(
     prepare = prepare_stream if config.data.streaming else prepare_speech
     data = prepare(config, model, processor)
     stage = next((stage for stage in reversed(config.stages) if stage.objective == "tune"), config.stages[0])
-    plain = without_augmentation(stage)
+    plain = plain_stage(stage)
     seed_everything(config.seed, stage.name)
     task = _make_task(config, model, processor, data, plain)
     remove_dropout(model)
@@ -177,9 +189,13 @@ def build_workbench(
     return Workbench(config, model, processor, data, plain, task, checkpoint, start)
 
 
-def without_augmentation(stage: StageConfig) -> StageConfig:
-    """The same stage with its examples as they are."""
-    return stage.model_copy(update={"augment": AugmentConfig()})
+def plain_stage(stage: StageConfig) -> StageConfig:
+    """The same stage with its examples as they are, and with nothing learnt but their next tokens.
+
+    What a teacher says, or what is learnt at audio positions, would be no test of whether rows can be learnt by heart.
+    """
+    tune = TuneOptions(loss_mask=stage.tune.loss_mask, boundary_share=stage.tune.boundary_share)
+    return stage.model_copy(update={"augment": AugmentConfig(), "tune": tune})
 
 
 def _make_task(config: RunConfig, model: Any, processor: Any, data: SpeechData, stage: StageConfig) -> SpeechTask:
@@ -196,7 +212,9 @@ def _load_weights(task: SpeechTask, run: Path, config: RunConfig, stage: StageCo
             f"{run} holds no checkpoint of the stage {stage.name!r}: expected the folder of a run of this "
             "configuration, which keeps its newest checkpoints"
         )
-    task.load_trainable_state(checkpoints.load_checkpoint(found[-1]).trainable)
+    state = checkpoints.load_checkpoint(found[-1]).trainable
+    own = task.trainable_state()  # heads of objectives that are left out here are in the checkpoint alone
+    task.load_trainable_state({n: v for n, v in state.items() if n in own or not n.startswith("objective.")})
 
 
 def _is_plain(example: Example) -> bool:
@@ -204,7 +222,8 @@ def _is_plain(example: Example) -> bool:
     return [len(windows) for windows in example.versions[0].frames] == [1] and len(example.transcript) > 0
 
 
-def _fits_ctc(bench: Workbench, example: Example) -> bool:
+def fits_ctc(bench: Workbench, example: Example) -> bool:
+    """Whether CTC has room for its transcript."""
     return ctc_tokens(example.transcript) <= count_tokens(example.versions[0], bench.model.config.stack_factor)
 
 

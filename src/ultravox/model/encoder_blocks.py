@@ -57,7 +57,7 @@ class Blocks:
 
 
 def join(
-    cuts: Sequence[Cut], frames: Float[Tensor, "cut frame hidden"], lengths: Int[Tensor, " clip"]
+    cuts: Sequence[Cut], frames: Float[Tensor, "cut piece_frame hidden"], lengths: Int[Tensor, " clip"]
 ) -> Float[Tensor, "clip frame hidden"]:
     """The blocks' own frames, put together to clips again, zero past each clip's length."""
     clips: list[list[Tensor]] = [[] for _ in range(len(lengths))]
