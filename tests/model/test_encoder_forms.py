@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tests.model.test_encoder_kinds import folders  # noqa: F401 - a fixture
+from tests.model.test_encoder_kinds import KINDS, folders  # noqa: F401 - a fixture
 from transformers import (
     AutoModel,
     SEWConfig,
@@ -356,3 +356,17 @@ def test_features_of_blocks_are_those_of_whole_clips_but_for_the_last_step(folde
         assert not torch.allclose(raw, whole)
         torch.testing.assert_close(extractor.finish(raw), whole, atol=1e-6, rtol=1e-5)
         assert np.isfinite(raw.numpy()).all()
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_half_precision(name, folders, tiny_model_config, make_waveform):  # noqa: F811
+    """Frames in bfloat16 point the way of those in float32."""
+    settings = tiny_model_config.model_copy(update={"audio_encoder": str(folders / name), "dtype": "bfloat16"})
+    model, processor = build_model(settings).eval(), build_processor(settings)
+    waveform = make_waveform(0.735, 3)
+    with torch.no_grad():
+        assert torch.isfinite(model(**processor(text="<|audio|>", audios=[waveform])).logits).all()
+    assert model.audio_tower.encoder.dtype == torch.bfloat16
+    whole = load_audio_encoder(str(folders / name)).eval()
+    (half,), (single,) = frames_of(model.audio_tower, waveform), frames_of(whole, waveform)
+    assert float(torch.cosine_similarity(half.float(), single, dim=-1).min()) > 0.99

@@ -267,7 +267,8 @@ class OtherFeatures:
     def length(self, num_samples: int) -> int:
         """Time steps of a window of `num_samples`."""
         if self.steps is None:
-            return self._of(np.zeros(num_samples, dtype=np.float32)).shape[-1]
+            noise = np.random.default_rng(0).standard_normal(num_samples, dtype=np.float32)  # silence has no variance
+            return self._of(noise).shape[-1]
         return max(0, (num_samples + self.steps[0]) // self.steps[1])
 
     def __call__(self, waveform: np.ndarray) -> Float[Tensor, "channel step"]:

@@ -6,6 +6,7 @@ frames it makes of them. Clips run one by one, so no padding can leak into them,
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ def fit(encoder: Any, extractor: OtherFeatures | NormalizedWaveform, name: str) 
             f"{' or '.join(INPUTS)}"
         )
     steps = (0, 1) if extractor.length(5000) == 5000 else fit_steps(extractor.length, SAMPLE_SIZES, name)
-    channels = extractor(torch.zeros(SAMPLE_RATE).numpy()).shape[0]
+    channels = extractor(np.random.default_rng(0).standard_normal(SAMPLE_RATE, dtype=np.float32)).shape[0]
     sizes = sorted({chain_length(size, [steps]) for size in SAMPLE_SIZES[:-1]})
 
     def frames(length: int) -> int:
