@@ -1,6 +1,6 @@
 """Why the defaults are what they are: each main hyperparameter at three points, three seeds each, in short runs.
 
-    python benchmarks/defaults.py                     # everything: 51 runs, about an hour and a half on two cores
+    python benchmarks/defaults.py                     # everything: 72 runs, about two hours on two cores
     python benchmarks/defaults.py --jobs 2            # two at a time, a core each: less time in all, more for each
     python benchmarks/defaults.py stack_factor        # one of them
     python benchmarks/defaults.py encoder             # frozen, LoRA or full encoder
@@ -51,6 +51,11 @@ def _encoder_rate(rate: str) -> list[str]:
     return ["--stages.align.optim.lr.audio_encoder", rate]
 
 
+def _blocks(window: str, ahead: str = "0", before: str = "0") -> list[str]:
+    words = ["--model.encoder_window_seconds", window, "--model.encoder_look_ahead_seconds", ahead]
+    return [*words, "--model.encoder_context_seconds", before]
+
+
 SWEEPS = {
     "align_lr": Sweep(
         "Projector's learning rate while aligning",
@@ -98,6 +103,21 @@ SWEEPS = {
             "full, rate 1e-4": ["--model.train_audio_encoder", "true", *_encoder_rate("1e-4")],
         },
         "frozen",
+    ),
+    "encoder_form": Sweep(
+        "How Whisper runs: whole clips, blocks as audio comes, on 30 s, all layers",
+        "align",
+        {
+            "whole clips": [],
+            "blocks of 5 s": _blocks("5"),
+            "blocks of 2 s": _blocks("2"),
+            "blocks of 1 s": _blocks("1"),
+            "blocks of 1 s, 0.2 s ahead": _blocks("1", ahead="0.2"),
+            "blocks of 1 s, 0.2 s ahead, 2 s before": _blocks("1", ahead="0.2", before="2"),
+            "a mix of all layers": ["--model.audio_encoder_layer_mix", "true"],
+            "padded to 30 s": ["--model.audio_padding", "padded"],
+        },
+        "whole clips",
     ),
 }
 

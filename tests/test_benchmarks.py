@@ -47,7 +47,7 @@ def test_one_run_serves_every_sweep_of_its_stage(defaults):
     assert defaults.already_run(results, "stack_factor", "10", 0) is None
     assert defaults.already_run(results, "lora_rank", "16", 0) is None
     todo = defaults.missing(results, list(defaults.SWEEPS), 2)
-    assert len(todo) == len(set(todo)) == 16 + 17
+    assert len(todo) == len(set(todo)) == 23 + 24
     assert ("encoder", "full, rate 2e-5", 0) in todo
     assert [name for name, point, seed in todo if point == defaults.SWEEPS[name].used and seed == 1] == [
         "align_lr",

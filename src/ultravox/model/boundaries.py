@@ -16,10 +16,12 @@ class AudioBoundaries(nn.Module):
     Args:
         table: the language model's embeddings, [vocabulary, hidden], which have the rows already.
         token_ids: of the start and the end token.
+        scale: what the language model multiplies a row by before it reads it.
     """
 
-    def __init__(self, table: Tensor, token_ids: Sequence[int]):
+    def __init__(self, table: Tensor, token_ids: Sequence[int], scale: float = 1.0):
         super().__init__()
+        self.scale = scale
         self.token_ids = list(token_ids)
         self.weight = nn.Parameter(table.detach()[self.token_ids].clone())
 
@@ -28,7 +30,8 @@ class AudioBoundaries(nn.Module):
     ) -> Float[Tensor, "row token hidden"]:
         """The embeddings with the trained rows in their places."""
         for row, token_id in zip(self.weight, self.token_ids, strict=True):
-            embeddings = torch.where((input_ids == token_id)[..., None], row.to(embeddings.dtype), embeddings)
+            read = (self.scale * row).to(embeddings.dtype)
+            embeddings = torch.where((input_ids == token_id)[..., None], read, embeddings)
         return embeddings
 
     @torch.no_grad()

@@ -92,8 +92,16 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         return self.language_model.get_decoder()
 
     def embedding_rms(self) -> float:
-        """Root mean square of the language model's embedding rows: the scale that audio embeddings should have."""
-        return float(self.get_input_embeddings().weight.detach().float().square().mean().sqrt())
+        """Root mean square of what the language model makes of its tokens: the scale that audio should have."""
+        return self.embedding_scale() * float(self._table().detach().float().square().mean().sqrt())
+
+    @torch.no_grad()
+    def embedding_scale(self) -> float:
+        """What the language model multiplies a row of its table by before it reads it: √hidden in Gemma, else 1."""
+        token = self._table()[:1024].float().norm(dim=1).argmax()
+        row, read = self._table()[token].float(), self.get_input_embeddings()(token[None])[0].float()
+        place = row.abs().argmax()
+        return float(read[place] / row[place])
 
     def encode_audio(
         self, audio_values: Float[Tensor, "clip channel time"], audio_lens: Int[Tensor, " clip"]
@@ -138,7 +146,7 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
 
     def train_boundaries(self, token_ids: Sequence[int]) -> None:
         """Let the rows of these two tokens train, and no others of the table."""
-        self.audio_boundaries = AudioBoundaries(self._table(), token_ids)
+        self.audio_boundaries = AudioBoundaries(self._table(), token_ids, self.embedding_scale())
 
     def _write_boundaries(self) -> None:
         assert self.audio_boundaries is not None

@@ -23,7 +23,14 @@ class CtcAlignment(nn.Module):
     token_ids: Tensor
     row_of_token: Tensor
 
-    def __init__(self, embedding: Tensor, token_ids: Tensor, match_weight: float = 0.5, initial_scale: float = 4.0):
+    def __init__(
+        self,
+        embedding: Tensor,
+        token_ids: Tensor,
+        match_weight: float = 0.5,
+        initial_scale: float = 4.0,
+        embedding_scale: float = 1.0,
+    ):
         """Choose the rows.
 
         Args:
@@ -31,9 +38,11 @@ class CtcAlignment(nn.Module):
             token_ids: sorted ids of the tokens that occur in the transcripts, [row].
             match_weight: weight of the matching term beside CTC, 0 for none.
             initial_scale: spread of the scores of an embedding row against the others, in nats.
+            embedding_scale: what the language model multiplies a row by before it reads it (Gemma).
         """
         super().__init__()
-        rows = embedding.detach()[token_ids].float().clone()
+        self.embedding_scale = embedding_scale
+        rows = embedding.detach()[token_ids].float() * embedding_scale
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("token_ids", token_ids.clone(), persistent=False)
         row_of_token = torch.full((embedding.shape[0],), -1, dtype=torch.long)
@@ -59,7 +68,7 @@ class CtcAlignment(nn.Module):
         if len(new):
             self.row_of_token[new] = torch.arange(len(new)) + 1 + len(self.token_ids)
             self.token_ids = torch.cat([self.token_ids, new])
-            self.rows = torch.cat([self.rows, embedding.detach()[new].float()])
+            self.rows = torch.cat([self.rows, embedding.detach()[new].float() * self.embedding_scale])
 
     def targets(self, token_ids: Tensor) -> Tensor:
         """Rows (1 …) for transcript tokens.

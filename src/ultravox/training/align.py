@@ -36,7 +36,12 @@ class AlignTask(SpeechTask):
         if not len(vocabulary):
             raise DataError(f"stage {stage.name}: the first rows of its streams have no transcript to align to")
         self._table = model.get_input_embeddings().weight
-        self.alignment = CtcAlignment(self._table, torch.from_numpy(vocabulary), stage.align.match_weight)
+        self.alignment = CtcAlignment(
+            self._table,
+            torch.from_numpy(vocabulary),
+            stage.align.match_weight,
+            embedding_scale=model.embedding_scale(),
+        )
         self.extra = self.alignment
 
     def _select(self, examples: ExampleTable) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
