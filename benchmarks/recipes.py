@@ -160,8 +160,8 @@ def page(results: Results) -> str:
     lines = [
         "# What the ways of training are worth",
         "",
-        "Written by `python benchmarks/recipes.py`; do not edit. Runs of about five minutes on two cores, all else as",
-        "in `configs/quickstart.yaml`; CPU minutes count both cores and loading. Scores are on 44 clips of",
+        "Written by `python benchmarks/recipes.py`; do not edit. Runs of some minutes on two cores, all else as in",
+        "`configs/quickstart.yaml`; CPU minutes count both cores and loading. Scores are on 44 clips of",
         "the training split that were kept out of training, the mean over seeds with its 95% interval (Student's t)",
         "where there are several. One seed says little: between seeds, the quickstart's error rate moves by several",
         "points.",
@@ -181,6 +181,8 @@ def page(results: Results) -> str:
             cells = [_cell(key, [found[key] for found in runs if key in found]) for key in question.columns.values()]
             minutes = mean_and_half_width([found["cpu_seconds"] / 60 for found in runs])[0]
             lines.append(f"| {run_name} | {' | '.join(cells)} | {len(runs)} | {minutes:.1f} |")
+        if missing := [run_name for run_name in question.runs if not results[name].get(run_name)]:
+            lines += ["", f"Not run yet: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
