@@ -370,3 +370,11 @@ def test_half_precision(name, folders, tiny_model_config, make_waveform):  # noq
     whole = load_audio_encoder(str(folders / name)).eval()
     (half,), (single,) = frames_of(model.audio_tower, waveform), frames_of(whole, waveform)
     assert float(torch.cosine_similarity(half.float(), single, dim=-1).min()) > 0.99
+
+
+def test_a_known_encoder_with_features_of_another_is_refused(tiny_models, tiny_model_config, tmp_path):
+    WhisperModel.from_pretrained(tiny_models.whisper).save_pretrained(tmp_path)
+    Speech2TextFeatureExtractor().save_pretrained(tmp_path)
+    settings = tiny_model_config.model_copy(update={"audio_encoder": str(tmp_path)})
+    with pytest.raises(ModelError, match="makes none of its features: take both from one model"):
+        build_processor(settings)

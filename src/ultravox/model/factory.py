@@ -14,6 +14,7 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
+from ultravox.audio.features import OtherFeatures, feature_extractor_of
 from ultravox.config.schema import ModelConfig
 from ultravox.errors import CheckpointError, ConfigError, ModelError
 from ultravox.model.adapters import add_lora, find_targets
@@ -164,6 +165,11 @@ def build_processor(model: ModelConfig) -> UltravoxProcessor:
         audio_processor = Wav2Vec2FeatureExtractor(do_normalize=False)  # each makes its own features of the samples
     elif config.model_type not in ENCODERS:
         rules = [length_rule(model.audio_encoder)]
+    if not rules and isinstance(feature_extractor_of(audio_processor), OtherFeatures):
+        raise ModelError(
+            f"{model.audio_encoder!r} is a {config.model_type!r} encoder with a {type(audio_processor).__name__}, "
+            "which makes none of its features: take both from one model"
+        )
     return UltravoxProcessor(
         audio_processor,
         load_tokenizer(model.language_model, model.chat_template, boundaries=model.audio_boundaries),
