@@ -52,6 +52,14 @@ def test_learning_by_heart_in_16_bits_and_where_prompts_count(key, changes, part
     assert Status.SKIP not in statuses(found).values()
 
 
+def test_positions_whose_number_depends_on_what_is_heard(parts, tmp_path):
+    content = config_of(parts, tmp_path).model_dump(mode="json")
+    content["model"]["projector"] = "ctc_compressed"
+    found = diagnose(RunConfig.model_validate(content), "healthy", numbers=[2, 3, 5, 8, 9, 10])
+    assert found.healthy, found.verdict
+    assert Status.SKIP not in statuses(found).values()
+
+
 def test_of_all_checks_the_verdict_names_the_cause(parts, tmp_path, monkeypatch):
     """A bug makes other checks fail too; what the verdict names first is the one to mend."""
     double_shift(monkeypatch)

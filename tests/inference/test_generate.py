@@ -59,7 +59,7 @@ def test_loop_equals_hugging_faces(talker):
     text = render_prompt(talker.processor.tokenizer, [user_message("Transcribe")])
     batch = talker.processor(text=text, audio=waveforms(0.7))
     expected = talker.model.generate(**batch, max_new_tokens=15, do_sample=False)[0, batch["input_ids"].shape[1] :]
-    embeddings = talker.model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
+    embeddings, _ = talker.model.hear_prompt(**batch)
     steps = generate_tokens(talker.model, embeddings, batch["attention_mask"], Decoding(15))
     assert [step[0][1] for step in steps] == expected.tolist()
 
@@ -72,7 +72,7 @@ def test_rows_that_have_ended_leave_the_batch(talker):
 
     def tokens(selected):
         batch = talker.processor(text=[text] * len(selected), audio=selected)
-        embeddings = talker.model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
+        embeddings, _ = talker.model.hear_prompt(**batch)
         rows: dict[int, list[int]] = {}
         sizes = []
         for step in generate_tokens(talker.model, embeddings, batch["attention_mask"], Decoding(8)):
@@ -117,7 +117,7 @@ def test_rows_that_the_caller_stops_leave_the_batch(talker):
     clips = waveforms(0.5, 0.8, 0.4)
     text = render_prompt(talker.processor.tokenizer, [user_message()])
     batch = talker.processor(text=[text] * 3, audio=clips)
-    embeddings = talker.model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
+    embeddings, _ = talker.model.hear_prompt(**batch)
     alone: dict[int, list[int]] = {}
     for step in generate_tokens(talker.model, embeddings, batch["attention_mask"], Decoding(8)):
         for row, token in step:

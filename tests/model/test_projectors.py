@@ -314,6 +314,8 @@ MODELS = {
     "transformer": {"num_projector_layers": 1},
     "qformer": {"num_projector_queries": 2},
     "swiglu": {"downsampling": "random"},
+    "ctc_weighted": {},
+    "ctc_compressed": {"stack_factor": 3},
 }
 
 

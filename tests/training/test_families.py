@@ -98,7 +98,7 @@ def test_from_training_to_an_answer(family, language_models, parts, tmp_path):
     waveform = load_waveform(clip)
     inputs = processor(text="Transcribe<|audio|>", audios=[waveform])
     with torch.no_grad():
-        embeddings = model.embed_prompt(**inputs)[0]
+        embeddings = model.hear_prompt(**inputs)[0][0]
         is_audio = inputs["input_ids"][0] == processor.audio_token_index
         bounds = torch.isin(inputs["input_ids"][0], torch.tensor(model.config.audio_boundary_ids))
         assert int(bounds.sum()) == 2

@@ -42,6 +42,10 @@ class EncoderLoraConfig(LoraConfig):
     )
 
 
+_WITHOUT_LAYERS = ("swiglu", "swiglu_v0.4", "linear", "mlp", "conv")
+_CTC = ("ctc_weighted", "ctc_compressed")
+
+
 class ModelConfig(Section):
     """Which parts the model is made of, and which of them train."""
 
@@ -59,7 +63,9 @@ class ModelConfig(Section):
         description="how they become one: joined side by side, the first one, their mean, or a random one of them "
         "(while training; else the middle one)",
     )
-    projector: Literal["swiglu", "swiglu_v0.4", "linear", "mlp", "conv", "transformer", "qformer"] = Field(
+    projector: Literal[
+        "swiglu", "swiglu_v0.4", "linear", "mlp", "conv", "transformer", "qformer", "ctc_weighted", "ctc_compressed"
+    ] = Field(
         "swiglu", description="what makes embeddings of them; only swiglu and swiglu_v0.4 are what other programs read"
     )
     projector_hidden_size: int = Field(
@@ -130,8 +136,8 @@ class ModelConfig(Section):
         for key, default, unused_by in (
             ("downsampling", "stack", ("conv", "qformer")),
             ("projector_hidden_size", 2048, ("linear", "transformer")),
-            ("num_projector_layers", None, ("swiglu", "swiglu_v0.4", "linear", "mlp", "conv")),
-            ("num_projector_queries", 1, ("swiglu", "swiglu_v0.4", "linear", "mlp", "conv", "transformer")),
+            ("num_projector_layers", None, (*_WITHOUT_LAYERS, *_CTC)),
+            ("num_projector_queries", 1, (*_WITHOUT_LAYERS, "transformer", *_CTC)),
         ):
             value = getattr(self, key)
             if value != default and self.projector in unused_by:
@@ -351,6 +357,8 @@ class RunConfig(Section):
                 f"{key}.tune.boundary_share",
                 "model.audio_boundaries",
             )
+        if self.model.projector == "ctc_compressed":
+            self._check_unknown_positions(stage, key)
         if self.data.streaming and stage.max_batch_memory_gb is not None:
             raise misfit(
                 f"stage {stage.name!r}: max_batch_memory_gb needs all lengths before it begins, and a stream is "
@@ -358,3 +366,22 @@ class RunConfig(Section):
                 f"{key}.max_batch_memory_gb",
                 "data.sources",
             )
+
+    def _check_unknown_positions(self, stage: StageConfig, key: str) -> None:
+        """Nothing in the stage counts on positions that stand for times, or are known beforehand."""
+        for option, used, why in (
+            ("tune.next_frame.weight", stage.tune.next_frame.weight > 0, "predicts the audio at each position's time"),
+            (
+                "tune.end_of_audio.variant",
+                stage.tune.end_of_audio.active and stage.tune.end_of_audio.variant != "late",
+                "tells the end at each position's time",
+            ),
+            ("max_batch_memory_gb", stage.max_batch_memory_gb is not None, "plans by positions that are known before"),
+        ):
+            if used:
+                raise misfit(
+                    f"stage {stage.name!r}: {option} {why}, but ctc_compressed makes one position of each run of one "
+                    "token, however long it is; leave one out, or take ctc_weighted",
+                    f"{key}.{option}",
+                    "model.projector",
+                )

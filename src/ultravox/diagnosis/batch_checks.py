@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ultravox.diagnosis.finding import Blame, Check, Finding, failed, passed, skipped
+from ultravox.diagnosis.plain_forward import heard_batch
 from ultravox.diagnosis.recordings import Hearing, hear_rows
 from ultravox.diagnosis.workbench import Workbench, describe_error, needs_tuning
 from ultravox.errors import UltravoxError
@@ -49,7 +50,7 @@ def check_batch(bench: Workbench) -> Finding:
     if not batch.ids:
         return skipped(f"none of {len(bench.read)} rows could be made: {batch.faults[:1]}")
     try:
-        tokens = task.tokens(batch)
+        tokens = task.tokens(heard_batch(task, batch))
     except UltravoxError as error:
         return _not_made(error)
     supervised = [labels != IGNORE_INDEX for labels in tokens.labels.numpy()]
@@ -216,7 +217,7 @@ def check_counts(bench: Workbench) -> Finding:
     task = bench.tune
     batch = task.batch()
     try:
-        tokens = task.tokens(batch)
+        tokens = task.tokens(heard_batch(task, batch))
     except UltravoxError as error:
         return _not_made(error)
     placeholders = (tokens.input_ids == task.audio_token_id).sum(1).tolist()

@@ -45,6 +45,12 @@ def row_embeddings(task: TuneTask, batch: SpeechBatch) -> list[Tensor]:
     return found
 
 
+@torch.no_grad()
+def heard_batch(task: TuneTask, batch: SpeechBatch) -> SpeechBatch:
+    """The batch as the step counts its positions, once the projector has decided how many there are."""
+    return task.counted(batch, task.audio_embeddings(batch, augmented=False)[1]) if len(batch.lengths) else batch
+
+
 def plain_row(
     task: TuneTask, ids: np.ndarray, supervised: np.ndarray, embeddings: Tensor | None, name: str = "the row"
 ) -> Row:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from ultravox.data.prompts import Message, render_prompt, user_message
@@ -41,6 +42,7 @@ class Conversation:
     def _forget_cache(self) -> None:
         self._cache = DynamicCache(config=self.model.config.text_config)
         self._cached_text = ""  # the rendered dialogue whose positions the cache holds
+        self._cached_mask = torch.ones(1, 0, dtype=torch.long, device=self.model.device)  # which of them are looked at
 
     @property
     def num_cached(self) -> int:
@@ -71,9 +73,9 @@ class Conversation:
 
     def _answer(self, messages: list[Message], waveforms: list[np.ndarray], prompt: str, batch) -> Iterator[str]:
         with torch.no_grad():
-            embeddings = self.model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
+            embeddings, mask = self.model.hear_prompt(**batch)
         cache, tokens = self._cache, []
-        mask = torch.ones(1, self.num_cached + embeddings.shape[1], dtype=torch.long, device=self.model.device)
+        mask = torch.cat([self._cached_mask, mask], dim=1)
         self._cached_text = ""  # until the cache is known to be whole again
         is_whole = True
 
@@ -96,6 +98,7 @@ class Conversation:
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
                 self._waveforms = waveforms
                 if is_whole:
+                    self._cached_mask = F.pad(mask, (0, self.num_cached - mask.shape[1]), value=1)
                     read = decode(tokens[:-1], skip_special_tokens=True)  # the last token is not in the cache
                     self._cached_text = prompt + read
             if not is_whole:

@@ -136,10 +136,9 @@ def generate_texts(
     With `cut_repetition`, an answer ends where it begins to repeat itself (`repeated_tail`).
     """
     with torch.no_grad():
-        embeddings = model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
+        embeddings, mask = model.hear_prompt(**batch)
     answers: list[list[int]] = [[] for _ in range(len(embeddings))]
     stopped: set[int] = set()
-    mask = batch["attention_mask"].to(model.device)
     for step in generate_tokens(model, embeddings, mask, decoding, stopped=stopped):
         for row, token in step:
             answer = answers[row]
@@ -232,8 +231,7 @@ def stream_answer(
 
     def pieces() -> Iterator[str]:
         with torch.no_grad():
-            embeddings = model.embed_prompt(**{k: v for k, v in batch.items() if k != "attention_mask"})
-        mask = batch["attention_mask"].to(model.device)
+            embeddings, mask = model.hear_prompt(**batch)
         steps = generate_tokens(model, embeddings, mask, decoding or Decoding())
         yield from stream_text(processor.tokenizer, (step[0][1] for step in steps))
 

@@ -18,13 +18,15 @@ WAVEFORM_ENCODERS = (
     "wavlm",
 )
 ENCODERS = ("whisper", *WAVEFORM_ENCODERS, "wav2vec2-bert")
-PROJECTORS = ("swiglu", "linear", "mlp", "conv", "transformer", "qformer")
+CTC_PROJECTORS = ("ctc_weighted", "ctc_compressed")
+PROJECTORS = ("swiglu", "linear", "mlp", "conv", "transformer", "qformer", *CTC_PROJECTORS)
 LAYERED_PROJECTORS = ("transformer", "qformer")
 #: What only this package reads, and what it is in the public format, where it is not written.
 OWN_KEYS: dict[str, Any] = {
     "projector_type": "swiglu",
     "downsampling": "stack",
     "num_projector_queries": 1,
+    "num_projector_rows": None,
     "audio_padding": "true_length",
     "audio_blocks": None,
     "audio_layer_mix": False,
@@ -60,6 +62,7 @@ class UltravoxConfig(PretrainedConfig):
         projector_type: one of `PROJECTORS`; None = "transformer" where there are projector layers, else "swiglu".
         downsampling: "stack", "stride", "mean" or "random": how the frames of a position become one.
         num_projector_queries: of each window of "qformer".
+        num_projector_rows: of the language model's table that "ctc_weighted" and "ctc_compressed" score; None = all.
         audio_padding: "true_length", or "padded": the encoder (Whisper) hears silence behind each clip, up to 30 s.
         audio_blocks: frames of a block, of its look-ahead and of the context before it; None = clips run whole.
         audio_layer_mix: a learned mix of all the encoder's layers instead of the last one.
@@ -90,6 +93,7 @@ class UltravoxConfig(PretrainedConfig):
         projector_type: str | None = None,
         downsampling: str = "stack",
         num_projector_queries: int = 1,
+        num_projector_rows: int | None = None,
         audio_padding: str = "true_length",
         audio_blocks: list[int] | None = None,
         audio_layer_mix: bool = False,
@@ -129,6 +133,7 @@ class UltravoxConfig(PretrainedConfig):
         self.projector_type = projector_type
         self.downsampling = cast(Downsampling, downsampling)
         self.num_projector_queries = num_projector_queries
+        self.num_projector_rows = num_projector_rows
         self.audio_padding = audio_padding
         self.audio_blocks = audio_blocks
         self.audio_layer_mix = audio_layer_mix

@@ -69,6 +69,7 @@ def build_model(model: ModelConfig) -> UltravoxModel:
         part._name_or_path = ""  # a local folder's path would travel with the checkpoint
     built = UltravoxModel(config, audio_tower, language_model).to(dtype)
     built.multi_modal_projector.init_scale(built.embedding_rms())
+    built.choose_rows(None)
     built.generation_config.eos_token_id = end_token_ids(tokenizer, built)
     built.generation_config.pad_token_id = tokenizer.pad_token_id
     built.generation_config.suppress_tokens = boundaries

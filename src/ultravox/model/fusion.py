@@ -49,3 +49,21 @@ def fuse(
     check_counts(is_audio.sum(1), token_lengths)
     flat = audio_embeddings[length_mask(token_lengths, audio_embeddings.shape[1])]
     return text_embeddings.masked_scatter(is_audio[..., None], flat.to(text_embeddings.dtype))
+
+
+def leave_out(
+    mask: Int[Tensor, "row past_and_token"],
+    is_audio: Tensor,
+    planned: Int[Tensor, " clip"],
+    token_lengths: Int[Tensor, " clip"],
+) -> Int[Tensor, "row past_and_token"]:
+    """The mask without those of the clips' planned placeholders that come after their `token_lengths` first ones.
+
+    Args:
+        mask: 1 = keep; its last columns belong to `is_audio`.
+        is_audio: where the placeholders stand, [row, token]; as many as planned in all.
+    """
+    width = int(planned.max())
+    taken = length_mask(token_lengths, width)[length_mask(planned, width)]
+    past, now = mask.split([mask.shape[1] - is_audio.shape[1], is_audio.shape[1]], dim=1)
+    return torch.cat([past, now.masked_scatter(is_audio, taken.to(now.dtype))], dim=1)

@@ -20,7 +20,8 @@ from ultravox.model.audio_encoder import AudioEncoder
 from ultravox.model.audio_tower import run_as, tower_from_config
 from ultravox.model.boundaries import AudioBoundaries
 from ultravox.model.configuration import UltravoxConfig
-from ultravox.model.fusion import fuse
+from ultravox.model.ctc_projector import CtcProjector
+from ultravox.model.fusion import fuse, leave_out
 from ultravox.model.layer_mix import LayerMix
 from ultravox.model.manifest import verify_manifest, write_manifest
 from ultravox.model.projector import Projector
@@ -118,7 +119,35 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         self, frames: Float[Tensor, "clip frame hidden"], frame_lengths: Int[Tensor, " clip"]
     ) -> tuple[Float[Tensor, "clip token llm_hidden"], Int[Tensor, " clip"]]:
         """Encoder frames (zero past their lengths) → embeddings at the language model's rate."""
-        return self.multi_modal_projector(frames if self.layer_mix is None else self.layer_mix(frames), frame_lengths)
+        frames, projector = self._mixed(frames), self.multi_modal_projector
+        if isinstance(projector, CtcProjector):
+            return projector(frames, frame_lengths, self.rows_of(projector.token_ids))
+        return projector(frames, frame_lengths)
+
+    def project_for_ctc(
+        self, frames: Float[Tensor, "clip frame hidden"], frame_lengths: Int[Tensor, " clip"]
+    ) -> tuple[Float[Tensor, "clip token llm_hidden"], Int[Tensor, " clip"]]:
+        """`project`, or what a CTC projector scores against the rows: what the stage `align` trains."""
+        projector = self.multi_modal_projector
+        if isinstance(projector, CtcProjector):
+            return projector.base(self._mixed(frames), frame_lengths)
+        return self.project(frames, frame_lengths)
+
+    def _mixed(self, frames: Tensor) -> Tensor:
+        return frames if self.layer_mix is None else self.layer_mix(frames)
+
+    def choose_rows(self, token_ids: Int[Tensor, " row"] | None) -> None:
+        """Let a fresh CTC projector score these tokens' rows, or all (None). Other projectors score none."""
+        projector = self.multi_modal_projector
+        if isinstance(projector, CtcProjector):
+            ids = torch.arange(len(self._table())) if token_ids is None else token_ids
+            projector.choose_rows(ids, self.rows_of(ids))
+            self.config.num_projector_rows = len(ids)
+
+    def rows_of(self, token_ids: Int[Tensor, " row"]) -> Float[Tensor, "row hidden"]:
+        """What the language model reads for these tokens; no gradient reaches its table."""
+        with torch.no_grad():
+            return self.get_input_embeddings()(token_ids.to(self.device))
 
     def embed(
         self,
@@ -197,7 +226,12 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise DataError("the model needs input_ids or inputs_embeds")
-            inputs_embeds = self.embed_prompt(input_ids, audio_values, audio_lens, audio_token_len)
+            audio = (audio_values, audio_lens, audio_token_len)
+            inputs_embeds, mask = self.hear_prompt(input_ids, attention_mask, *audio)
+            if self.multi_modal_projector.compresses:
+                attention_mask = mask
+                if position_ids is None:
+                    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         inputs = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -214,31 +248,65 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
-    def embed_prompt(
+    def hear_prompt(
         self,
         input_ids: Int[Tensor, "row token"],
+        attention_mask: Tensor | None = None,
         audio_values: Float[Tensor, "clip channel time"] | None = None,
         audio_lens: Int[Tensor, " clip"] | None = None,
         audio_token_len: Int[Tensor, " clip"] | None = None,
         **_: Any,
-    ) -> Float[Tensor, "row token hidden"]:
-        """From what the processor returns to the language model's input.
+    ) -> tuple[Float[Tensor, "row token hidden"], Tensor]:
+        """From what the processor returns to the language model's input, and the attention mask that goes with it.
+
+        The mask is the given one, or ones. Where a projector compresses, it also leaves out the placeholders that the
+        clips have no position for.
 
         Raises:
             DataError: placeholders, audio and `audio_token_len` differ in number.
         """
         input_ids = input_ids.to(self.device)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
         if audio_values is None or audio_lens is None or len(audio_values) == 0:
-            return self.embed(input_ids)
+            return self.embed(input_ids), mask
         audio_values, audio_lens = audio_values.to(self.device), audio_lens.to(self.device)
-        embeddings, token_lengths = self.project(*self.encode_audio(audio_values, audio_lens))
-        if audio_token_len is not None and audio_token_len.tolist() != token_lengths.tolist():
+        frames, frame_lengths = self.encode_audio(audio_values, audio_lens)
+        embeddings, token_lengths = self.project(frames, frame_lengths)
+        planned = self.multi_modal_projector.token_lengths(frame_lengths)
+        if audio_token_len is not None and audio_token_len.tolist() != planned.tolist():
             raise DataError(
-                f"the clips have {token_lengths.tolist()} positions, but audio_token_len says "
+                f"the clips have {planned.tolist()} positions, but audio_token_len says "
                 f"{audio_token_len.tolist()}: the processor and the model differ in stack_factor "
                 f"({self.config.stack_factor} here) or in the encoder"
             )
-        return self.embed(input_ids, embeddings, token_lengths)
+        if not self.multi_modal_projector.compresses:
+            return self.embed(input_ids, embeddings, token_lengths), mask
+        embeddings = F.pad(embeddings, (0, 0, 0, int(planned.max()) - embeddings.shape[1]))
+        embedded = self.embed(input_ids, embeddings, planned)
+        return embedded, leave_out(mask, input_ids == self.config.audio_token_index, planned, token_lengths)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """See transformers. A projector that compresses is asked once, before: which placeholders it leaves out."""
+        if not self.multi_modal_projector.compresses or kwargs.get("audio_values") is None:
+            return super().generate(inputs, **kwargs)
+        if kwargs.get("past_key_values") is not None:
+            raise DataError(
+                "generate() cannot go on from a cache with a projector that compresses: "
+                "use ultravox.inference.conversation.Conversation"
+            )
+        input_ids = kwargs.pop("input_ids") if inputs is None else inputs
+        names = (*_AUDIO_INPUTS, "audio_num_chunks", "attention_mask")
+        embeddings, mask = self.hear_prompt(input_ids, **{name: kwargs.pop(name, None) for name in names})
+        kwargs.setdefault("generation_config", self.generation_config)
+        written = self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
+        answers = written if isinstance(written, Tensor) else written.sequences
+        prompts = input_ids.to(answers.device).repeat_interleave(len(answers) // len(input_ids), dim=0)
+        whole = torch.cat([prompts, answers], dim=1)
+        if isinstance(written, Tensor):
+            return whole
+        written.sequences = whole
+        return written
 
     def supervised_logits(
         self, hidden: Float[Tensor, "row token hidden"], labels: Int[Tensor, "row token"]

@@ -28,6 +28,8 @@ class Projector(nn.Module, abc.ABC):
     """
 
     stack_factor: int
+    compresses = False
+    """Whether clips have fewer positions than `token_lengths` says, depending on what is heard."""
 
     @abc.abstractmethod
     def reset_parameters(self) -> None:
@@ -47,7 +49,7 @@ class Projector(nn.Module, abc.ABC):
         """Project. Frames past a clip's length must be zero: they are what the last group is padded with."""
 
     def token_lengths(self, frame_lengths: Int[Tensor, " clip"]) -> Int[Tensor, " clip"]:
-        """Positions of clips of so many frames."""
+        """Positions of clips of so many frames; the most that there can be where it `compresses`."""
         return num_audio_tokens(frame_lengths, self.stack_factor)
 
 

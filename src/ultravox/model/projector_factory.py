@@ -1,7 +1,8 @@
 """The projector that a checkpoint's configuration asks for."""
 
 from ultravox.audio.lengths import ENCODER_FRAMES_PER_SECOND, MAX_WINDOW_SECONDS
-from ultravox.model.configuration import UltravoxConfig
+from ultravox.model.configuration import CTC_PROJECTORS, UltravoxConfig
+from ultravox.model.ctc_projector import CtcProjector
 from ultravox.model.projector import LinearProjector, MlpProjector, Projector, SwigluProjector
 from ultravox.model.sequence_projectors import (
     ConvProjector,
@@ -44,7 +45,7 @@ def projector_from_config(config: UltravoxConfig, encoder_width: int) -> Project
             num_layers=config.num_projector_layers,
             num_queries=config.num_projector_queries,
         )
-    return SwigluProjector(
+    swiglu = SwigluProjector(
         encoder_width,
         config.hidden_size,
         output_width,
@@ -53,3 +54,7 @@ def projector_from_config(config: UltravoxConfig, encoder_width: int) -> Project
         norm_init=config.projector_init_value,
         downsampling=config.downsampling,
     )
+    if kind in CTC_PROJECTORS:
+        num_rows = config.num_projector_rows or config.text_config.vocab_size
+        return CtcProjector(swiglu, output_width, num_rows, compresses=kind == "ctc_compressed")
+    return swiglu

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultravox.errors import DataError
-from ultravox.model.kernels import fill_rows, linear
-
-BLANK = 0
+from ultravox.model.ctc_projector import BLANK, INITIAL_SPREAD, ctc_scores, initial_log_scale
 
 
 class CtcAlignment(nn.Module):
@@ -28,8 +26,9 @@ class CtcAlignment(nn.Module):
         embedding: Tensor,
         token_ids: Tensor,
         match_weight: float = 0.5,
-        initial_scale: float = 4.0,
+        initial_scale: float = INITIAL_SPREAD,
         embedding_scale: float = 1.0,
+        head: tuple[nn.Parameter, nn.Parameter] | None = None,
     ):
         """Choose the rows.
 
@@ -39,6 +38,7 @@ class CtcAlignment(nn.Module):
             match_weight: weight of the matching term beside CTC, 0 for none.
             initial_scale: spread of the scores of an embedding row against the others, in nats.
             embedding_scale: what the language model multiplies a row by before it reads it (Gemma).
+            head: blank row and log of the scale of a projector that makes its embeddings by these scores; None = fresh.
         """
         super().__init__()
         self.embedding_scale = embedding_scale
@@ -50,10 +50,10 @@ class CtcAlignment(nn.Module):
         self.register_buffer("row_of_token", row_of_token, persistent=False)
         self.register_buffer("variance", rows.var(), persistent=False)
         self.match_weight = match_weight
-        self.blank = nn.Parameter(rows.mean(0))
-        # A row's product with itself is about hidden * variance; the scale brings scores into the range of softmax.
-        start = initial_scale / (rows.shape[1] ** 0.5 * float(rows.var()))
-        self.log_scale = nn.Parameter(torch.tensor(start).log())
+        if head is None:
+            scale = initial_log_scale(rows.shape[1], float(rows.var()), initial_scale)
+            head = (nn.Parameter(rows.mean(0)), nn.Parameter(scale))
+        self.blank, self.log_scale = head
 
     def extend(self, embedding: Tensor, token_ids: Tensor) -> None:
         """Add the rows of tokens that are not among these yet, behind the others, in the order in which they are given.
@@ -85,9 +85,7 @@ class CtcAlignment(nn.Module):
     def scores(self, audio_embeddings: Tensor) -> Tensor:
         """Unnormalised scores [..., row + 1] of embeddings [..., hidden]; index 0 is the blank."""
         table = torch.cat([self.blank[None], self.rows])
-        rows = audio_embeddings.reshape(-1, audio_embeddings.shape[-1])
-        scores = linear(fill_rows(rows * self.log_scale.exp()), table)[: len(rows)]
-        return scores.view(*audio_embeddings.shape[:-1], scores.shape[-1])
+        return ctc_scores(audio_embeddings, table, self.log_scale)
 
     def loss(
         self, audio_embeddings: Tensor, token_lengths: Tensor, targets: Tensor, target_lengths: Tensor

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ultravox.config.schema import StageConfig
 from ultravox.errors import DataError
+from ultravox.model.ctc_projector import CtcProjector
 from ultravox.objectives.alignment import CtcAlignment
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.examples import Example, ExampleTable, unique_tokens
@@ -36,13 +37,16 @@ class AlignTask(SpeechTask):
         if not len(vocabulary):
             raise DataError(f"stage {stage.name}: the first rows of its streams have no transcript to align to")
         self._table = model.get_input_embeddings().weight
+        projector = model.multi_modal_projector
+        shared = projector if isinstance(projector, CtcProjector) else None
         self.alignment = CtcAlignment(
             self._table,
-            torch.from_numpy(vocabulary),
+            torch.from_numpy(vocabulary) if shared is None else shared.token_ids,
             stage.align.match_weight,
             embedding_scale=model.embedding_scale(),
+            head=None if shared is None else (shared.blank, shared.log_scale),
         )
-        self.extra = self.alignment
+        self.extra = self.alignment if shared is None else None
 
     def _select(self, examples: ExampleTable) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
         """CTC needs a position for each token, and a blank between equal neighbours; versions without are left out.
@@ -75,6 +79,11 @@ class AlignTask(SpeechTask):
         total, ctc, count = self.alignment.loss(embeddings.float(), token_lengths, torch.cat(targets), target_lengths)
         num_tokens = int(token_lengths.sum())
         return LossOutput(total, float(count), batch.audio_seconds, num_tokens, {"ctc": ctc.item()})
+
+    def _project(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """What a CTC projector scores; of another one, what the language model will read."""
+        projected: tuple[Tensor, Tensor] = self.model.project_for_ctc(frames, lengths)
+        return projected
 
     def transcribe(self, examples: list[Example]) -> list[str]:
         """Greedy CTC decoding."""

@@ -79,6 +79,21 @@ class SpeechBatch:
         parts = [(slice(middle), slice(cut)), (slice(middle, None), slice(cut, None))]
         return [self._part(rows, windows, number) for number, (rows, windows) in enumerate(parts)]
 
+    def with_positions(self, planned: list[int], found: list[int]) -> "SpeechBatch":
+        """The same where each window has other positions than were planned: those that were found, [window]."""
+        windows = zip(planned, found, strict=True)
+        audio_tokens = []
+        for row in self.audio_tokens:
+            counts = []
+            for expected in row:
+                left, count = expected, 0
+                while left > 0:
+                    of_window, now = next(windows)
+                    left, count = left - of_window, count + now
+                counts.append(count)
+            audio_tokens.append(counts)
+        return replace(self, audio_tokens=audio_tokens)
+
     def _part(self, rows: slice, windows: slice, number: int) -> "SpeechBatch":
         lengths = self.lengths[windows]
         return SpeechBatch(

@@ -16,7 +16,8 @@ from ultravox.data.quarantine import Quarantine, audio_fault
 from ultravox.data.streaming import ROWS_TO_JUDGE
 from ultravox.data.templates import UnusableRow
 from ultravox.errors import AudioError, DataError
-from ultravox.training.examples import Example, ExampleTable, make_version
+from ultravox.model.configuration import CTC_PROJECTORS
+from ultravox.training.examples import Example, ExampleTable, make_version, unique_tokens
 from ultravox.training.features import Features
 from ultravox.training.progress import bar
 from ultravox.training.rows import (
@@ -126,11 +127,14 @@ def prepare_speech(config: RunConfig, model: Any, processor: Any) -> SpeechData:
         progress = [(source, clip) for source, clip in progress if _is_heard(clip, limits, quarantine)]
 
     # Text before audio: what is wrong with it is found out before hours of encoding
+    scores_rows = config.model.projector in CTC_PROJECTORS
     aligns = any(stage.objective == "align" for stage in config.stages)
     texts = [
-        count_texts(source, rows, processor.tokenizer, quarantine, ctc=aligns)
+        count_texts(source, rows, processor.tokenizer, quarantine, ctc=aligns or scores_rows)
         for source, rows in zip(sources, training, strict=True)
     ]
+    if scores_rows and len(spoken := unique_tokens([text.vocabulary for text in texts])):
+        model.choose_rows(torch.from_numpy(spoken))
     watched = _make_all(progress, quarantine)
     quarantine.require(data.max_quarantine_share, num_rows)
 

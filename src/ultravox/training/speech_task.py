@@ -164,7 +164,19 @@ class SpeechTask(abc.ABC):
         if augmented:
             rate = self.model.audio_tower.frames_per_second
             frames = augment(frames, lengths, self.stage.augment, batch.augment_seed, rate)
-        return self.model.project(frames, lengths)
+        return self._project(frames, lengths)
+
+    def _project(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        projected: tuple[Tensor, Tensor] = self.model.project(frames, lengths)
+        return projected
+
+    def counted(self, batch: SpeechBatch, token_lengths: Tensor) -> SpeechBatch:
+        """The batch with the positions that its windows have, where the projector decides how many."""
+        if not self.model.multi_modal_projector.compresses:
+            return batch
+        steps = batch.lengths if batch.encoded else self.model.audio_tower.frame_lengths(batch.lengths)
+        planned = self.model.multi_modal_projector.token_lengths(steps)
+        return batch.with_positions(planned.tolist(), token_lengths.tolist())
 
     def stream_state(self, position: Position) -> dict[str, Any] | None:
         """What `go_to` needs beside a position; None where a position says all."""

@@ -238,6 +238,8 @@ class TuneTask(SpeechTask):
     def _states(self, batch: SpeechBatch, *, training: bool) -> "_States":
         """The decoder's last states of a batch."""
         audio = self.audio_embeddings(batch, augmented=training) if len(batch.lengths) else None
+        if audio is not None:
+            batch = self.counted(batch, audio[1])
         tokens = self.tokens(batch)
         inputs, labels, places, arguments = self._inputs(tokens, audio, self._packer if training else None)
         hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
@@ -310,6 +312,7 @@ class TuneTask(SpeechTask):
         """Greedy decoding of the answers, all at once."""
         batch = self.first_versions(examples)
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=False)
+        batch = self.counted(batch, token_lengths)
         rows = zip(batch.input_ids, batch.supervised, strict=True)
         prompts = [ids[: int(supervised.argmax())] for ids, supervised in rows]
         tokens = collate_tokens(
