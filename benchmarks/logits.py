@@ -27,7 +27,7 @@ VARIANTS = ("supervised", "full")
 VERSION = 1
 
 
-def measure(variant: str) -> dict[str, float]:
+def measure(variant: str, num_tokens: int, steps: int) -> dict[str, float]:
     """Median seconds of a step, peak memory of the process, and (supervised) seconds of the metrics in a step."""
     import torch.nn.functional as F
     from tuning import batch, packed
@@ -57,8 +57,8 @@ def measure(variant: str) -> dict[str, float]:
     group = ParameterGroup("language_model", adapters, 1e-4)
     optimizer = Optimizer([group], weight_decay=0, betas=(0.9, 0.99), eps=1e-8)
     before, seconds, metrics = memory_bytes(), [], []
-    for step in range(STEPS + 1):
-        inputs, labels, mask = batch(NUM_TOKENS, model.config.hidden_size, step)
+    for step in range(steps + 1):
+        inputs, labels, mask = batch(num_tokens, model.config.hidden_size, step)
         inputs.requires_grad_(True)
         optimizer.zero_grad()
         start = time.perf_counter()
@@ -130,21 +130,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="processes for each variant (default %(default)s)")
     parser.add_argument("--output", type=Path, help="also write the figures there, as JSON")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="positions of a batch (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a process (default %(default)s)")
     parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.child)))
+        print(json.dumps(measure(args.child, args.tokens, args.steps)))
         return
     runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(args.rounds):
         for variant in VARIANTS:
             command = [sys.executable, __file__, "--child", variant]
+            command += ["--tokens", str(args.tokens), "--steps", str(args.steps)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             runs[variant].append(json.loads(done.stdout.splitlines()[-1]))
     pairs = list(zip(runs["supervised"], runs["full"], strict=True))
     result: dict[str, Any] = {
         "version": VERSION,
-        "positions": NUM_TOKENS,
+        "positions": args.tokens,
         "supervised_share": 0.25,
         **{
             variant: {key: summary([run[key] for run in found]) for key in ("step_seconds", "peak_bytes")}

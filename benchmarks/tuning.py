@@ -1,11 +1,11 @@
 """What each of our kernels is worth in a tuning step: SmolLM2-135M with LoRA on every linear layer, on a CPU.
 
-    python benchmarks/tuning.py [--tokens 1200]
+    python benchmarks/tuning.py [--tokens 1200] [--steps 5]
 
 A step is forward and backward over sequences of 20 to 60 positions, the loss on a quarter of them. The variants add one
 thing after the other to plain PyTorch, where each adapter is a product of its own beside its layer. The first thing is
 oneDNN with what is built on its products: an adapter merged into its weight, the loss in one step with the frozen
-output layer. Each line is the mean of five steps, and its share of the matrix-product rate that the machine shows right
+output layer. Each line is the mean of its steps, and its share of the matrix-product rate that the machine shows right
 beside it (4 N tokens FLOP for a frozen language model of N parameters, embeddings not counted).
 """
 
@@ -60,7 +60,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1200, help="positions of a batch (default %(default)s)")
-    num_tokens = parser.parse_args().tokens
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each variant (default %(default)s)")
+    arguments = parser.parse_args()
+    num_tokens = arguments.tokens
     model = load_language_model("smollm2-135m-instruct").requires_grad_(False)
     defaults = LoraConfig(rank=16)
     add_lora(model, defaults.rank, defaults.effective_alpha, defaults.target_modules)
@@ -88,7 +90,7 @@ def main() -> None:
         seconds, real = 0.0, 0
         rate = matmul_flop_rate()
         kernels._HAS_ONEDNN = has_onednn and name != PLAIN  # without it, all of ours is what PyTorch offers
-        for step in range(STEPS + 1):
+        for step in range(arguments.steps + 1):
             inputs, labels, mask = batch(num_tokens, model.config.hidden_size, step)
             inputs.requires_grad_(True)
             model.zero_grad(set_to_none=True)

@@ -319,7 +319,7 @@ def test_tuning_is_measured_with_each_kernel(not_fetched):
         fetch_model("smollm2-135m-instruct")
     except NetworkError as error:
         not_fetched(error)
-    command = [sys.executable, ROOT / "benchmarks" / "tuning.py", "--tokens", "120"]
+    command = [sys.executable, ROOT / "benchmarks" / "tuning.py", "--tokens", "120", "--steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()[1:]
@@ -401,7 +401,7 @@ def test_what_the_docs_say_of_logits_and_metrics_is_what_was_measured():
 def test_logits_are_measured_as_they_are_made():
     """One short round of each variant, in processes of their own."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "logits.py"), "--rounds", "1"],
+        [sys.executable, ROOT / "benchmarks" / "logits.py", "--rounds", "1", "--tokens", "240", "--steps", "1"],
         capture_output=True,
         text=True,
         timeout=500,
@@ -465,6 +465,18 @@ def test_projectors_are_trained_for_the_same_time(projectors, monkeypatch):
     assert json.loads(projectors.RESULTS.read_text())["speed"] == results["speed"]
     call(projectors, monkeypatch, "conv", "mlp", "--align-seconds", "90", "--seeds", "4")
     assert runs[8:] == [("conv", 3, 180), ("mlp", 3, 180)]  # only what is missing
+
+
+def test_a_form_that_is_timed_later_is_timed_beside_the_default(projectors, monkeypatch):
+    """The machine takes twice as long now as it did for the kept figures: half as many seconds count."""
+    results = json.loads((KEPT / "projectors.json").read_text())
+    kept = results["align"] = {projectors.USED: results["align"][projectors.USED]}
+    slow = 2 * kept[projectors.USED]["seconds_per_step"]
+    monkeypatch.setattr(projectors, "step_seconds", lambda name: {projectors.USED: slow, "conv": 0.5}[name])
+    monkeypatch.setattr(projectors, "train", lambda name, seed, steps: {"final_wer": 0.25})
+    projectors.RESULTS.write_text(json.dumps(results))
+    call(projectors, monkeypatch, "conv", "--align-seconds", "90", "--seeds", "1")
+    assert "| `conv` | 25.0% | 1 | 360 | 250 |" in projectors.PAGE.read_text()
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--seeds", "6"], ["--rounds", "0"], ["no-such-form"]])
