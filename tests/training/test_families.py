@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_run import tiny_config
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -20,7 +21,8 @@ from transformers import (
 import ultravox
 from ultravox.audio.waveform import load_waveform
 from ultravox.config.schema import RunConfig
-from ultravox.model.factory import build_model, build_processor, load_model
+from ultravox.model.adapters import lora_layers
+from ultravox.model.factory import build_model, build_processor, load_model, save_model
 from ultravox.training.run import run_training
 
 SIZES = {
@@ -114,6 +116,39 @@ def test_from_training_to_an_answer(family, language_models, parts, tmp_path):
     allowed[model.config.audio_boundary_ids] = False
     torch.testing.assert_close(cached.logits[0][0][allowed], whole[allowed], atol=1e-5, rtol=1e-4)
     assert isinstance(ultravox.load(run).transcribe([clip], max_new_tokens=4)[0], str)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_logits_are_the_same_before_saving_and_after_loading(family, tied, language_models, parts, tmp_path):
+    """Adapters, and rows of the tokens around the audio, that are far from where they began; those tokens' own too."""
+    folder = language_models / family
+    if not tied:
+        kind, config, more = FAMILIES[family]
+        vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+        folder = tmp_path / "untied"
+        kind(config(vocab_size=vocabulary, **SIZES | {"tie_word_embeddings": False}, **more)).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(language_models / family).save_pretrained(folder)
+    config = family_config(family, language_models, parts, tmp_path, audio_boundaries=True).model
+    config = config.model_copy(update={"language_model": str(folder)})
+    model, processor = build_model(config).eval(), build_processor(config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.audio_boundaries.weight.normal_(std=0.5)
+        for layer in lora_layers(model).values():
+            layer.lora_B.normal_(std=0.1)
+    clip = load_waveform(next(iter((parts[1] / "audio").glob("*.wav"))))
+    inputs = processor(text="Say<|audio|>now", audios=[clip])
+    bounds = torch.isin(inputs["input_ids"], torch.tensor(model.config.audio_boundary_ids))
+    assert int(bounds.sum()) == 2
+    with torch.no_grad():
+        before = model(**inputs).logits
+        save_model(model, processor, tmp_path / "model")
+        again, processor_again = load_model(tmp_path / "model")
+        after = again(**processor_again(text="Say<|audio|>now", audios=[clip])).logits
+    assert after.shape == before.shape
+    torch.testing.assert_close(after[bounds], before[bounds], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
