@@ -10,6 +10,7 @@ from ultravox.audio.features import LogMel
 from ultravox.data import loader
 from ultravox.data.order import DataOrder
 from ultravox.data.templates import PromptTemplate
+from ultravox.model import downsample
 from ultravox.model.adapters import lora_layers
 from ultravox.model.audio_encoder import WhisperAudioEncoder
 from ultravox.model.packing import Packer
@@ -291,6 +292,54 @@ def merged_for_good(patch):
     patch.setattr(tune, "merged_lora", merged)
 
 
+def compounding_rate(patch):
+    """The schedule's factor falls on the rate of the step before instead of the peak."""
+    right = Optimizer.step
+
+    def step(self, *, lr_factor, **options):
+        before = dict(self.rates)
+        peaks = {group.part: group.lr for group in self.groups}
+        for group in self._adamw.param_groups:
+            group["peak"] = before[group["part"]]
+        norm = right(self, lr_factor=lr_factor, **options)
+        for group in self._adamw.param_groups:
+            group["peak"] = peaks[group["part"]]
+        return norm
+
+    patch.setattr(Optimizer, "step", step)
+
+
+def next_token_seen(patch):
+    """The causal mask of packed rows lets each token see the one after it."""
+    right = Packer.pack
+
+    def pack(self, mask):
+        packed = right(self, mask)
+        rows = mask.sum(1).tolist()
+        row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
+        row = torch.nn.functional.pad(row, (0, packed.shape[1] - len(row)), value=-1)
+        place = torch.arange(len(row))
+        seen = (row[:, None] == row[None, :]) & (place[:, None] + 1 >= place[None, :])
+        bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        positions = packed.arguments["position_ids"]
+        return replace(packed, arguments={"position_ids": positions, "attention_mask": bias[None, None]})
+
+    patch.setattr(Packer, "pack", pack)
+
+
+def frames_in_another_order(patch):
+    """A position is made of frames far apart, and of which depends on the padding."""
+
+    def stack_frames(frames, stack_factor):
+        clips, length, channels = frames.shape
+        tokens = -(-length // stack_factor)
+        frames = torch.nn.functional.pad(frames, (0, 0, 0, tokens * stack_factor - length))
+        frames = frames.reshape(clips, stack_factor, tokens, channels).transpose(1, 2)
+        return frames.reshape(clips, tokens, channels * stack_factor)
+
+    patch.setattr(downsample, "stack_frames", stack_frames)
+
+
 BUGS = {
     double_shift: 5,
     missing_shift: 5,
@@ -321,5 +370,8 @@ BUGS = {
     inverted_time_masks: 17,
     noise_of_another_scale: 17,
     targets_without_blank: 18,
+    compounding_rate: 7,
+    next_token_seen: 5,
+    frames_in_another_order: 10,
 }
 """Each with the check that must name it."""

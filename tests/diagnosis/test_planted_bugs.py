@@ -2,7 +2,16 @@
 
 import pytest
 from diagnosed import config_of, statuses
-from planted_bugs import BUGS, deaf_projector, double_shift, leaked_text, one_placeholder_too_many
+from planted_bugs import (
+    BUGS,
+    compounding_rate,
+    deaf_projector,
+    double_shift,
+    frames_in_another_order,
+    leaked_text,
+    next_token_seen,
+    one_placeholder_too_many,
+)
 
 from ultravox.config.schema import RunConfig
 from ultravox.diagnosis.finding import Status
@@ -10,6 +19,12 @@ from ultravox.diagnosis.run import diagnose
 
 NOT_ASKED = {"aligned": {16}, "tuned": {16, 18}, "encoder": {16, 17}, "taught": set()}
 """Of each kind of run: it has no teacher, does not augment frames, or does not align."""
+CAUSES = {
+    compounding_rate: "does not take the schedule's rate as it is",
+    next_token_seen: "a causal mask that lets a token see the next one",
+    frames_in_another_order: "frames reshaped along the wrong axis",
+}
+"""Of bugs that another bug of the same check looks like."""
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
@@ -21,6 +36,7 @@ def test_a_planted_bug_is_named(bug, parts, tmp_path, monkeypatch):
     (result,) = found.results
     assert result.status == Status.FAIL, result.finding.evidence
     assert result.finding.cause
+    assert CAUSES.get(bug, "") in result.finding.cause
     assert result.finding.action
     assert "could not be carried through" not in result.finding.evidence
     assert not found.healthy

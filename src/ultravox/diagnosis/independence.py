@@ -39,12 +39,13 @@ def check_independence(bench: Workbench) -> Finding:
         if unlike > worst:
             worst, where = unlike, row.id
     loss_unlike = abs(loss - total) / max(abs(total), 1e-12)
-    heard, frames_unlike = _frames_difference(bench)
+    heard, frames_unlike, projected_unlike = _audio_difference(bench)
     bench.reset()
     numbers: dict[str, Any] = {
         "loss_difference": loss_unlike,
         "gradient_difference": worst,
         "frame_difference": frames_unlike,
+        "projected_difference": projected_unlike,
         "tolerance": tolerance,
         "rows": len(rows),
     }
@@ -53,13 +54,22 @@ def check_independence(bench: Workbench) -> Finding:
         f"audio by {worst:.1e} ({where or 'none of them'})"
     )
     if heard:
-        evidence += f", encoder frames of {heard} recordings by {frames_unlike:.1e}"
+        evidence += f", encoder frames of {heard} recordings by {frames_unlike:.1e}, the projector's output of them by "
+        evidence += f"{projected_unlike:.1e}"
     evidence += f" (limit {tolerance:g})"
     if not frames_unlike <= tolerance:
         return failed(
             evidence,
             "the audio encoder attends to the padding of shorter recordings",
             "mask the padding in the encoder's attention and before its convolutions",
+            **numbers,
+        )
+    if not projected_unlike <= tolerance:
+        return failed(
+            evidence,
+            "the projector, or how frames are put together for it, mixes a recording with its padding: frames reshaped "
+            "along the wrong axis, a norm over time, or a convolution or attention without a mask",
+            "look at downsample.py and the projector: a clip's positions must not depend on how far it is padded",
             **numbers,
         )
     if not (loss_unlike <= tolerance and worst <= tolerance):
@@ -107,8 +117,11 @@ def _watching(projector: Any) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def _frames_difference(bench: Workbench) -> tuple[int, float]:
-    """How many recordings of different lengths were heard together, and how far that is from each alone."""
+def _audio_difference(bench: Workbench) -> tuple[int, float, float]:
+    """How many recordings of different lengths were heard together, and how far that is from each alone.
+
+    First the encoder's frames, then what the projector makes of the frames as they are in the batch.
+    """
     features, limits = bench.task.features, (bench.data.min_audio_seconds, bench.data.max_audio_seconds)
     by_length = sorted(bench.several, key=lambda row: row.versions[0].seconds)
     pieces = []
@@ -120,18 +133,28 @@ def _frames_difference(bench: Workbench) -> tuple[int, float]:
             continue
         pieces.append(features.heard(waveform)[0])
     if len({len(piece) for piece in pieces}) < 2:
-        return 0, 0.0
+        return 0, 0.0, 0.0
     bench.model.eval()
     together, lengths = _encode(bench.model, pieces)
-    worst = 0.0
+    projected, positions = bench.model.project(together, lengths)
+    worst = worst_projected = 0.0
     for index, piece in enumerate(pieces):
         alone, count = _encode(bench.model, [piece])
-        expected = alone[0, : int(count[0])].double()
-        found = together[index, : int(lengths[index])].double()
-        size = float(expected.norm()) or 1.0
-        same = found.shape == expected.shape
-        worst = max(worst, float((found - expected).norm()) / size if same else float("inf"))
-    return len(pieces), worst
+        worst = max(worst, _unlike(together[index, : int(lengths[index])], alone[0, : int(count[0])]))
+        alone, count = bench.model.project(
+            together[index : index + 1, : int(lengths[index])], lengths[index : index + 1]
+        )
+        worst_projected = max(
+            worst_projected, _unlike(projected[index, : int(positions[index])], alone[0, : int(count[0])])
+        )
+    return len(pieces), worst, worst_projected
+
+
+def _unlike(found: Tensor, expected: Tensor) -> float:
+    """Their difference as a share of what was expected."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found.double() - expected.double()).norm()) / (float(expected.double().norm()) or 1.0)
 
 
 def _encode(model: Any, pieces: list[Any]) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,8 @@ from ultravox.tokens import IGNORE_INDEX
 MOST_OVER_TEXT = 0.5
 """Nats a token that the first loss with audio may lie above that without."""
 USUAL_RATIO, POSSIBLE_RATIO = (0.3, 3.0), (0.1, 10.0)
+LEAKED_NATS = 0.1
+"""Nats a token by which training does better than it could."""
 SAME_LOSS = (1e-3, 3e-2)
 """Share by which two ways to compute one loss may differ, in float32 and with weights of 16 bits."""
 
@@ -132,17 +134,28 @@ def check_shift(bench: Workbench) -> Finding:
     lines = [f"labels {shift:+d}: {loss:8.4f} nats a token" for shift, loss in found.losses.items()]
     if not abs(right - trained) <= tolerance:
         if fits != 0 and abs(found.losses[fits] - trained) <= 10 * tolerance:
+            action = "shift the labels exactly once, where the loss is computed"
             said = f"it is that of the labels {abs(fits)} {'later' if fits > 0 else 'earlier'} (s = {fits:+d})"
             cause = f"the labels are shifted {abs(fits)} too {'far' if fits > 0 else 'little'}"
             if fits > 0:
                 cause += ": usually both the data and the loss shift them"
         else:
             said = f"it is that of no shift from {min(found.losses)} to {max(found.losses)}"
-            cause = "the loss is not next-token cross-entropy on the supervised tokens, or rows are mixed (check 10)"
+            action = "hold the batch's attention mask, positions and loss against one row by itself (see check 10)"
+            if trained < right - LEAKED_NATS:
+                cause = (
+                    "training sees what it should tell: a causal mask that lets a token see the next one, or labels "
+                )
+                cause += "among the inputs; generation will not see it"
+            else:
+                cause = (
+                    "positions or masks of the batch that are not those of the row by itself, or a loss that is not "
+                )
+                cause += "next-token cross-entropy on the supervised tokens"
         return failed(
             f"training's loss is {trained:.4f} nats a token, the labels' own {right:.4f}: {said}",
             cause,
-            "shift the labels exactly once, where the loss is computed",
+            action,
             lines,
             **numbers,
         )

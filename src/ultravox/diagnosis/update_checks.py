@@ -172,6 +172,10 @@ def check_update_ratio(bench: Workbench) -> Finding:
         for name, weight in _module_weights(bench).items():
             size = float(before[name].norm())
             ratios[name].append(float((weight - before[name]).norm()) / size if size else 0.0)
+    practice.stand_still()
+    practice.train(1)
+    peaks = {group.part: group.lr for group in practice.optimizer.groups}
+    wrong = {part: rate for part, rate in practice.optimizer.rates.items() if not math.isclose(rate, peaks[part])}
     bench.reset()
     found = {name: float(np.median(values)) for name, values in ratios.items()}
     if not found:
@@ -193,6 +197,15 @@ def check_update_ratio(bench: Workbench) -> Finding:
         f"update / weight after {steps} steps of warm-up, median over modules: {medians}; least {found[least]:.1e} "
         f"({least}), most {found[most]:.1e} ({most})"
     )
+    if wrong:
+        part, rate = next(iter(wrong.items()))
+        return failed(
+            f"{evidence}; after a step at rate 0, the one at the peak rate {peaks[part]:g} ran at {rate:g} ({part})",
+            "the optimizer does not take the schedule's rate as it is: it keeps or multiplies that of earlier steps",
+            "let each step set the rate to its peak times the schedule's factor",
+            rates=wrong,
+            **numbers,
+        )
     rates = "set stages.<name>.optim.lr so that the medians lie between 1e-4 and 1e-2; check 13 tells where it breaks"
     if not any(median.values()) or not all(map(math.isfinite, found.values())) or 0.0 in median.values():
         return failed(evidence, "a part that gets no update, or one that is not finite: see check 6", rates, **numbers)

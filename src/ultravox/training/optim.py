@@ -66,7 +66,8 @@ class Optimizer:
                 parameters = [p for p in masters if (p.dim() >= 2 and min(p.shape) > 1) == decays]
                 if parameters:
                     decay = weight_decay if decays else 0.0
-                    settings.append({"params": parameters, "lr": group.lr, "peak": group.lr, "weight_decay": decay})
+                    rates = {"lr": group.lr, "peak": group.lr, "part": group.part}
+                    settings.append({"params": parameters, "weight_decay": decay, **rates})
         self.measured: dict[str, float] = {}
         self._adamw = torch.optim.AdamW(settings, betas=betas, eps=eps, fused=True)
 
@@ -74,6 +75,11 @@ class Optimizer:
     def parameters(self) -> list[nn.Parameter]:
         """All that trains."""
         return list(self._named.values())
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Of each part: the learning rate of the last step."""
+        return {group["part"]: group["lr"] for group in self._adamw.param_groups}
 
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
