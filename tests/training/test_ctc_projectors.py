@@ -116,9 +116,10 @@ def test_generate_does_not_go_on_from_a_cache_that_it_cannot_count(trained):
 
 def test_a_batch_counts_what_its_windows_have():
     nothing = torch.zeros(0)
-    lists = {name: [] for name in ("ids", "uids", "sources", "input_ids", "supervised", "transcripts")}
+    lists = {name: [] for name in ("uids", "sources", "input_ids", "supervised", "transcripts")}
     batch = SpeechBatch(
         **lists,
+        ids=["two", "none", "one"],
         audio_tokens=[[7, 3], [], [5]],
         num_windows=[3, 0, 1],
         values=nothing,
@@ -128,6 +129,9 @@ def test_a_batch_counts_what_its_windows_have():
         faults=[],
     )
     assert batch.with_positions([4, 3, 3, 5], [2, 1, 3, 4]).audio_tokens == [[3, 3], [], [4]]
+    for planned in ([4, 4, 3, 5], [4, 3, 3]):
+        with pytest.raises(DataError, match="its windows have"):
+            batch.with_positions(planned, planned)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ultravox.data.examples import TokenisedExample
 from ultravox.data.order import PlannedBatch
 from ultravox.data.quarantine import audio_fault
 from ultravox.data.stream_order import StreamedBatch
-from ultravox.errors import AudioError
+from ultravox.errors import AudioError, DataError
 from ultravox.training.examples import Example, Lengths, Version
 from ultravox.training.features import Features
 from ultravox.training.rows import load_within, source_place
@@ -80,16 +80,27 @@ class SpeechBatch:
         return [self._part(rows, windows, number) for number, (rows, windows) in enumerate(parts)]
 
     def with_positions(self, planned: list[int], found: list[int]) -> "SpeechBatch":
-        """The same where each window has other positions than were planned: those that were found, [window]."""
+        """The same where each window has other positions than were planned: those that were found, [window].
+
+        Raises:
+            DataError: the planned ones are not those of the recordings.
+        """
         windows = zip(planned, found, strict=True)
         audio_tokens = []
-        for row in self.audio_tokens:
+        for name, row in zip(self.ids, self.audio_tokens, strict=True):
             counts = []
             for expected in row:
-                left, count = expected, 0
-                while left > 0:
-                    of_window, now = next(windows)
-                    left, count = left - of_window, count + now
+                of_recording, count = 0, 0
+                while of_recording < expected:
+                    of_window, now = next(windows, (0, 0))
+                    if not of_window:
+                        break
+                    of_recording, count = of_recording + of_window, count + now
+                if of_recording != expected:
+                    raise DataError(
+                        f"{name} has a recording of {expected} positions, but its windows have {of_recording}: the "
+                        "collator and the model count positions by different rules"
+                    )
                 counts.append(count)
             audio_tokens.append(counts)
         return replace(self, audio_tokens=audio_tokens)
