@@ -116,6 +116,19 @@ QUESTIONS = {
             "by length alone": "end_of_audio_length_only_accuracy",
             "next-frame skill": "next_frame_skill",
         },
+        (
+            "- Nothing that is added here makes 80 steps better at transcribing. z-loss, label smoothing and the",
+            "  tokens around the audio cost 2 to 5 points of error rate, which one seed cannot tell from nothing.",
+            "- Distillation alone uses the audio (tokens are lost with another clip's), and forgets to transcribe: the",
+            "  teacher, without adapters, is a small chat model that answers what it reads instead of writing it down,",
+            "  and this is what it teaches. Mixed with the cross-entropy it pulls the same way.",
+            "- End of audio leaves less to learn from: half of the clips are cut, and nothing is learnt of their",
+            "  words. After 80 steps `early` and `late` do not beat what the clip's length alone tells, so they have not",
+            "  learnt where a speaker ends. configs/objectives/end-of-audio.yaml puts it last, after a stage of",
+            "  transcription.",
+            "- Next frames are predicted better than by repeating the frame that is heard (skill above 0), at the price",
+            "  of transcription, from which a fifth of each clip is hidden.",
+        ),
     ),
 }
 
