@@ -134,6 +134,21 @@ def test_a_batch_counts_what_its_windows_have():
             batch.with_positions(planned, planned)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_stages_run_in_16_bits(kind, parts, tmp_path):
+    content = tiny_config(*parts, tmp_path / "run").model_dump(mode="json")
+    content["model"] |= {"projector": kind, "dtype": "bfloat16"}
+    for stage in content["stages"]:
+        stage |= {"max_steps": 4, "accumulation_steps": 1}
+    run = run_training(RunConfig.model_validate(content))
+    stages = json.loads((run / "train.json").read_text())["stages"]
+    assert [(stage["steps"], stage["skipped_steps"]) for stage in stages] == [(4, 0), (4, 0)]
+    model, processor = load_model(run)
+    batch = processor(text="a<|audio|>b", audio=load_waveform(next(iter((parts[1] / "audio").glob("*.wav")))))
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch).logits).all()
+
+
 @pytest.mark.parametrize(
     ("stage", "named"),
     [

@@ -64,14 +64,11 @@ def _every_position(projector: Any) -> Iterator[None]:
 
     Checks 2, 5 and 10 look at it as it is.
     """
-    compresses = projector.compresses
-    if compresses:
-        projector.compresses = False
+    compresses, projector.compresses = projector.compresses, False
     try:
         yield
     finally:
-        if compresses:
-            projector.compresses = True
+        projector.compresses = compresses
 
 
 def _overfit(bench: Workbench) -> Overfit:

@@ -48,7 +48,9 @@ def row_embeddings(task: TuneTask, batch: SpeechBatch) -> list[Tensor]:
 @torch.no_grad()
 def heard_batch(task: TuneTask, batch: SpeechBatch) -> SpeechBatch:
     """The batch as the step counts its positions, once the projector has decided how many there are."""
-    return task.counted(batch, task.audio_embeddings(batch, augmented=False)[1]) if len(batch.lengths) else batch
+    if not task.model.multi_modal_projector.compresses or not len(batch.lengths):
+        return batch
+    return task.counted(batch, task.audio_embeddings(batch, augmented=False)[1])
 
 
 def plain_row(

@@ -65,7 +65,7 @@ def check_first_loss(bench: Workbench) -> Finding:
         f"{len(bench.several)} rows"
     )
     # until it is aligned, a projector that speaks in the language model's own rows says words that nobody said
-    speaks = isinstance(bench.model.multi_modal_projector, CtcProjector)
+    speaks = bench.checkpoint is None and isinstance(bench.model.multi_modal_projector, CtcProjector)
     is_taught = alone <= top - MOST_OVER_TEXT  # a language model that knows nothing is at ln V already
     if not math.isfinite(loss) or not math.isfinite(alone):
         return failed(
@@ -143,15 +143,11 @@ def check_shift(bench: Workbench) -> Finding:
             said = f"it is that of no shift from {min(found.losses)} to {max(found.losses)}"
             action = "hold the batch's attention mask, positions and loss against one row by itself (see check 10)"
             if trained < right - LEAKED_NATS:
-                cause = (
-                    "training sees what it should tell: a causal mask that lets a token see the next one, or labels "
-                )
-                cause += "among the inputs; generation will not see it"
+                cause = "training sees what it should tell: a causal mask that lets a token see the next one, or "
+                cause += "labels among the inputs; generation will not see it"
             else:
-                cause = (
-                    "positions or masks of the batch that are not those of the row by itself, or a loss that is not "
-                )
-                cause += "next-token cross-entropy on the supervised tokens"
+                cause = "positions or masks of the batch that are not those of the row by itself, or a loss that is "
+                cause += "not next-token cross-entropy on the supervised tokens"
         return failed(
             f"training's loss is {trained:.4f} nats a token, the labels' own {right:.4f}: {said}",
             cause,
