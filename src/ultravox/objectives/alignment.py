@@ -115,8 +115,10 @@ class CtcAlignment(nn.Module):
             with torch.no_grad():
                 table = torch.cat([self.blank[None], self.rows])
                 expected = log_probs_flat.exp() @ table
-            distance = (flat - expected).square().mean() / self.variance
-            total = total + self.match_weight * distance * count
+            distance = (flat - expected).square().mean(dim=-1) / self.variance
+            # A mean over each clip's own positions, so that the sums of any batches add up to those of one.
+            weight = (target_lengths / token_lengths).repeat_interleave(token_lengths)
+            total = total + self.match_weight * (distance * weight).sum()
         return total, ctc.detach(), count
 
     @torch.no_grad()
