@@ -9,6 +9,7 @@ from planted_bugs import (
     double_shift,
     frames_in_another_order,
     leaked_text,
+    match_over_the_batch,
     next_token_seen,
     one_placeholder_too_many,
 )
@@ -112,11 +113,22 @@ def test_which_shift_it_is(parts, tmp_path, monkeypatch):
     assert "1 later (s = +1)" in result.finding.evidence
 
 
-def test_an_alignment_alone_is_checked_as_far_as_it_goes(parts, tmp_path):
-    config = config_of(parts, tmp_path)
-    config = config.model_copy(update={"stages": config.stages[:1]})
-    found = diagnose(config, "align")
+def alignment_alone(parts, tmp_path, projector="swiglu"):
+    content = config_of(parts, tmp_path).model_dump(mode="json")
+    content["model"]["projector"] = projector
+    return RunConfig.model_validate(content | {"stages": content["stages"][:1]})
+
+
+@pytest.mark.parametrize("projector", ["swiglu", "ctc_compressed"])
+def test_an_alignment_alone_is_checked_as_far_as_it_goes(parts, tmp_path, projector):
+    found = diagnose(alignment_alone(parts, tmp_path, projector), "align")
     assert found.healthy, found.verdict
     passed = {number for number, status in statuses(found).items() if status in (Status.PASS, Status.WARN)}
-    assert passed == {4, 6, 7, 13, 15, 17, 18}
+    assert passed == {4, 6, 7, 10, 13, 14, 15, 17, 18}
     assert "no stage with objective tune" in found.results[0].finding.evidence
+
+
+def test_an_alignment_that_averages_over_the_batch_is_named(parts, tmp_path, monkeypatch):
+    match_over_the_batch(monkeypatch)
+    found = diagnose(alignment_alone(parts, tmp_path), "planted", numbers=[10, 14])
+    assert statuses(found) == {10: Status.FAIL, 14: Status.FAIL}

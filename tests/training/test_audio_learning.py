@@ -8,11 +8,14 @@ import pytest
 import torch
 from tiny_run import tiny_config
 
+import ultravox
 from ultravox.config.schema import RunConfig
 from ultravox.data.order import Position
-from ultravox.errors import CheckpointError, ConfigError
+from ultravox.errors import CheckpointError, ConfigError, DataError
 from ultravox.model.factory import build_model, build_processor, load_model
+from ultravox.objectives.end_of_audio import StopHead
 from ultravox.training.heads import load_stop_head
+from ultravox.training.rows import load_within
 from ultravox.training.run import run_training
 from ultravox.training.speech import prepare_speech
 from ultravox.training.speech_task import SpeechTask
@@ -216,6 +219,20 @@ def test_runs_that_learn_the_end(parts, tmp_path, tune):
     states = torch.randn(4, model.config.text_config.hidden_size)
     expected = states @ head.linear.weight[0] + head.linear.bias
     assert torch.allclose(head(states), expected, atol=1e-6)
+
+    loaded = ultravox.load(tmp_path / "run")
+    task = TuneTask(*load_model(tmp_path / "run"), prepare_speech(config, model, loaded.processor), config.stages[0], 1)
+    task.model.eval()
+    for example in task.data.progress_examples[:3]:
+        with torch.no_grad():
+            trained = task._of_audio(task._states(task.first_versions([example]), training=False))
+            expected = torch.sigmoid(head(trained)).numpy()
+        scores = loaded.score_speech_end(load_within(example.recordings[0], 0.1, 30), head)
+        assert scores == pytest.approx(expected, abs=1e-5)
+        assert ((scores > 0) & (scores < 1)).all()
+    with pytest.raises(DataError, match=r"reads states of 5, but this model has"):
+        loaded.score_speech_end(np.ones(16000, np.float32), StopHead(5, 1.0))
+
     weight = float(head.positive_weight)  # three or so positions a clip, half of the clips whole, one of them the end
     assert 3 < weight < 30
 

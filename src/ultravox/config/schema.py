@@ -56,7 +56,10 @@ class ModelConfig(Section):
         "whisper-tiny.en", description="audio encoder: a bundled name, a local folder or a hub id"
     )
     stack_factor: int = Field(
-        5, ge=1, le=50, description="encoder frames (20 ms each) joined into one position of the language model"
+        5,
+        ge=1,
+        le=50,
+        description="encoder frames joined into one position of the language model; 5 of Whisper's 20 ms are 100 ms",
     )
     downsampling: Literal["stack", "stride", "mean", "random"] = Field(
         "stack",

@@ -10,8 +10,10 @@ from torch import Tensor
 from ultravox.audio.waveform import change_speed
 from ultravox.data.collate import pad_frames
 from ultravox.diagnosis.finding import Blame, Check, Finding, failed, passed
-from ultravox.diagnosis.workbench import Workbench, model_tolerance, needs_tuned_rows
+from ultravox.diagnosis.workbench import Workbench, model_tolerance, needs_rows
 from ultravox.errors import AudioError
+from ultravox.model.ctc_projector import CtcProjector
+from ultravox.training.align import AlignTask
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.rows import load_within
 
@@ -20,10 +22,7 @@ SAME = (1e-3, 5e-2)
 
 
 def check_independence(bench: Workbench) -> Finding:
-    """Losses and input gradients of rows in a batch against those of each alone, and encoder frames likewise.
-
-    Not of `align`, whose matching term is a mean over the positions of its batch.
-    """
+    """Losses and input gradients of rows in a batch against those of each alone, and encoder frames likewise."""
     bench.begin()
     rows = bench.several
     tolerance = model_tolerance(bench.model, *SAME)
@@ -86,7 +85,10 @@ def check_independence(bench: Workbench) -> Finding:
 def _audio_gradients(bench: Workbench, batch: SpeechBatch) -> tuple[float, list[Tensor]]:
     """Sum of the losses, and its gradient towards each window's projected audio, [window][token, hidden]."""
     bench.task.train_mode()
-    with _watching(bench.model.multi_modal_projector) as projected:
+    projector = bench.model.multi_modal_projector
+    if isinstance(projector, CtcProjector) and isinstance(bench.task, AlignTask):
+        projector = projector.base  # what is scored is what is trained
+    with _watching(projector) as projected:
         output = bench.task.loss(batch)
         output.sum.backward()
     (embeddings,) = projected
@@ -169,6 +171,6 @@ CHECKS = [
         "a row's loss and input gradients are the same alone and in a batch: nothing comes from others or padding",
         Blame.MIXING,
         check_independence,
-        needs_tuned_rows,
+        needs_rows,
     )
 ]

@@ -10,10 +10,12 @@ from ultravox.audio.waveform import load_speech, require_speech
 from ultravox.data.prompts import user_message
 from ultravox.errors import AudioError
 from ultravox.inference.conversation import Conversation
+from ultravox.inference.end_of_speech import score_speech_end
 from ultravox.inference.generate import Decoding, stream_answer, transcribe
 from ultravox.model.factory import load_model
 from ultravox.model.modeling import UltravoxModel
 from ultravox.model.processing import UltravoxProcessor
+from ultravox.objectives.end_of_audio import StopHead
 
 Audio = str | Path | bytes | BinaryIO | np.ndarray
 """A file, its content, or a waveform [sample] at 16 kHz: floats in [-1, 1], or integers of any width."""
@@ -74,6 +76,11 @@ class Ultravox:
             max_new_tokens=max_new_tokens,
             on_progress=on_progress,
         )
+
+    def score_speech_end(self, audio: Audio, head: StopHead) -> np.ndarray:
+        """Probability [position] that the speaker has finished, by a head that `load_stop_head` gives."""
+        (waveform,) = load_waveforms(audio)
+        return score_speech_end(self.model, self.processor, head, waveform)
 
     def conversation(self, *, system: str | None = None, decoding: Decoding | None = None) -> Conversation:
         """Begin a dialogue of several turns."""
