@@ -187,7 +187,7 @@ def page(results: Results) -> str:
         "`configs/quickstart.yaml`; CPU minutes count both cores and loading. Scores are on 44 clips of",
         "the training split that were kept out of training, the mean over seeds with its 95% interval (Student's t)",
         "where there are several. One seed says little: between seeds, the quickstart's error rate moves by several",
-        "points.",
+        "points. Taken while the matching term of `align` was a mean over a batch's positions, not over each clip's.",
     ]
     for name, question in QUESTIONS.items():
         if name not in results:
