@@ -358,7 +358,7 @@ def test_rows_that_are_not_packed_count_their_padding(parts, tmp_path, monkeypat
 
 
 def test_callbacks_are_closed_when_one_cannot_be_made(parts, tmp_path, monkeypatch):
-    import ultravox.training.run as module
+    import ultravox.training.watchers as module
 
     closed = []
 

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ultravox.config.data import AugmentConfig, DataConfig
+from ultravox.config.engine import EngineConfig
 from ultravox.config.objectives import AlignOptions, TuneOptions
 from ultravox.config.section import Beta, Name, Rate, Section, Share, misfit
 
@@ -307,6 +308,7 @@ class RunConfig(Section):
     stages: list[StageConfig] = Field(min_length=1, description="the stages of training, in order")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="measuring")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="logs")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="processes")
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -207,6 +207,17 @@ def merged_lora(module: nn.Module) -> Iterator[None]:
             layers[name].merged = False
 
 
+@torch.no_grad()
+def merged_state(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A module's whole state without adapters, each merged into its weight; `state` is left as it is."""
+    state = dict(state)
+    for name, layer in lora_layers(module).items():
+        lora_a, lora_b = (state.pop(f"{name}.{side}", None) for side in ("lora_A", "lora_B"))
+        if not layer.merged and lora_a is not None and lora_b is not None:
+            state[f"{name}.weight"] = merge(state[f"{name}.weight"], lora_a, lora_b, layer.scale)
+    return state
+
+
 @contextmanager
 def without_adapters(module: nn.Module) -> Iterator[None]:
     """Inside the block every adapted layer is the base model's: nothing is added to its weight.

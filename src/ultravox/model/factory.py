@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForCausalLM,
@@ -274,10 +275,15 @@ def load_model(checkpoint: str | Path) -> tuple[UltravoxModel, UltravoxProcessor
     return model.eval(), processor
 
 
-def save_model(model: UltravoxModel, processor: UltravoxProcessor, folder: Path) -> None:
-    """Write both into `folder` in the public form; wrap it in `atomic_folder` to have it whole or not at all."""
+def save_model(
+    model: UltravoxModel, processor: UltravoxProcessor, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write both into `folder` in the public form; wrap it in `atomic_folder` to have it whole or not at all.
+
+    `state` holds all of a model of which this process has a part.
+    """
     with quiet_loading():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ultravox.audio.lengths import num_audio_tokens
 from ultravox.errors import DataError
-from ultravox.model.adapters import lora_layers, merged_lora
+from ultravox.model.adapters import merged_state
 from ultravox.model.audio_encoder import AudioEncoder
 from ultravox.model.audio_tower import run_as, tower_from_config
 from ultravox.model.boundaries import AudioBoundaries
@@ -373,13 +373,9 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         """Write the whole public form: both towers' weights, adapters merged into them, hashes of every file."""
         if self.audio_boundaries is not None:
             self._write_boundaries()
-        with merged_lora(self):
-            if state_dict is None:
-                adapters = {"audio_boundaries.weight"} | {
-                    f"{name}.{side}" for name in lora_layers(self) for side in ("lora_A", "lora_B")
-                }
-                state_dict = {name: value for name, value in self.state_dict().items() if name not in adapters}
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        state_dict = merged_state(self, self.state_dict() if state_dict is None else state_dict)
+        state_dict.pop("audio_boundaries.weight", None)  # its rows are the table's by now
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         write_manifest(Path(save_directory))
 
     @classmethod

@@ -115,6 +115,14 @@ def random_state() -> dict[str, Any]:
     }
 
 
+def random_state_of(state: Mapping[str, Any], rank: int, world_size: int) -> dict[str, Any] | None:
+    """A rank's random state in a checkpoint's; None where that was saved by another number of ranks, but for rank 0."""
+    others = state.get("random_of_other_ranks", [])
+    if rank == 0:
+        return state["random"]
+    return others[rank - 1] if len(others) + 1 == world_size else None
+
+
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Undo `random_state`."""
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ultravox.errors import CheckpointError
+from ultravox.training.engines.shards import is_shard, local_part, part_of_whole, whole_of_part
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -51,19 +52,36 @@ class Optimizer:
     """
 
     def __init__(
-        self, groups: Iterable[ParameterGroup], *, weight_decay: float, betas: tuple[float, float], eps: float
+        self,
+        groups: Iterable[ParameterGroup],
+        *,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        sum_over_ranks: Callable[[float], float] = lambda value: value,
     ) -> None:
+        """Args:
+        groups: what trains.
+        weight_decay, betas, eps: AdamW's.
+        sum_over_ranks: adds up what each rank found of the parameters that it holds a part of.
+        """
+        self._sum = sum_over_ranks
         self.groups = [group for group in groups if group.parameters]
         self._named = {name: parameter for group in self.groups for name, parameter in group.parameters.items()}
         self._masters = {
-            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            name: parameter
+            if parameter.dtype == torch.float32 and not is_shard(parameter)
+            else nn.Parameter(local_part(parameter.detach()).float())
             for name, parameter in self._named.items()
         }
         settings = []
         for group in self.groups:
-            masters = [self._masters[name] for name in group.parameters]
             for decays in (True, False):
-                parameters = [p for p in masters if (p.dim() >= 2 and min(p.shape) > 1) == decays]
+                parameters = [
+                    self._masters[name]
+                    for name, p in group.parameters.items()
+                    if (p.dim() >= 2 and min(p.shape) > 1) == decays
+                ]
                 if parameters:
                     decay = weight_decay if decays else 0.0
                     rates = {"lr": group.lr, "peak": group.lr, "part": group.part}
@@ -97,11 +115,12 @@ class Optimizer:
         self.measured = {}
         for name, parameter in self._named.items():
             if (master := self._masters[name]) is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-        gradients = [p.grad for p in self._masters.values() if p.grad is not None]
-        if not gradients:
+                master.grad = None if parameter.grad is None else local_part(parameter.grad).float()
+        named = {name: p.grad for name, p in self._masters.items() if p.grad is not None}
+        if not named:
             return 0.0
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item() / divisor
+        gradients = list(named.values())
+        norm = self._norm(named) / divisor
         if not math.isfinite(norm):
             return norm
         scale = min(1.0, max_grad_norm / (norm + 1e-6)) / divisor
@@ -120,26 +139,39 @@ class Optimizer:
                 self.measured[f"update_ratio_{part}"] = update / weight if weight else math.inf
         for name, parameter in self._named.items():
             if (master := self._masters[name]) is not parameter:
-                parameter.data.copy_(master.data)
+                local_part(parameter.data).copy_(master.data)
         return norm
+
+    def _norm(self, tensors: Mapping[str, Tensor]) -> float:
+        """Of all these together, parameter → tensor, on all ranks."""
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for name, tensor in tensors.items():
+            found[is_shard(self._named[name])].append(tensor)
+        whole, parts = (
+            torch.linalg.vector_norm(torch.stack(torch._foreach_norm(many))).item() if many else 0.0 for many in found
+        )
+        if not any(is_shard(parameter) for parameter in self._named.values()):
+            return whole
+        return math.sqrt(whole**2 + self._sum(parts**2))
 
     def _measure(self, what: str, tensor_of: Callable[[str, nn.Parameter], Tensor | None], factor: float) -> None:
         """Note the norm of one tensor for each parameter, over each part."""
         for group in self.groups:
-            found = (tensor_of(name, self._masters[name]) for name in group.parameters)
-            tensors = [tensor for tensor in found if tensor is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item() if tensors else 0.0
-            self.measured[f"{what}_{group.part}"] = norm * factor
+            found = ((name, tensor_of(name, self._masters[name])) for name in group.parameters)
+            self.measured[f"{what}_{group.part}"] = self._norm({n: t for n, t in found if t is not None}) * factor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<parameter name>.{step, exp_avg, exp_avg_sq}`, and `.master` where the parameter is not float32."""
+        """`<parameter name>.{step, exp_avg, exp_avg_sq}`, and `.master` where the parameter is not float32.
+
+        Whole tensors on each rank, however they are sharded.
+        """
         state = {
-            f"{name}.{key}": value
+            f"{name}.{key}": whole_of_part(value, self._named[name])
             for name, master in self._masters.items()
             for key, value in self._adamw.state.get(master, {}).items()
         }
-        copies = {f"{name}.master": m.detach() for name, m in self._masters.items() if m is not self._named[name]}
-        return state | copies
+        rounded = (name for name, parameter in self._named.items() if parameter.dtype != torch.float32)
+        return state | {f"{n}.master": whole_of_part(self._masters[n].detach(), self._named[n]) for n in rounded}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Undo `state_dict`, bit for bit. CheckpointError when the parameters are not the same ones."""
@@ -147,10 +179,12 @@ class Optimizer:
         if unknown := sorted(found - set(self._named)):
             raise CheckpointError(f"the optimizer state holds {unknown[0]!r}, which does not train here")
         for name, master in self._masters.items():
-            entry = {key: state[f"{name}.{key}"].clone() for key in _MOMENTS if f"{name}.{key}" in state}
-            if (moment := entry.get("exp_avg")) is not None and moment.shape != master.shape:
+            parameter = self._named[name]
+            entry = {key: state[f"{name}.{key}"] for key in _MOMENTS if f"{name}.{key}" in state}
+            if (moment := entry.get("exp_avg")) is not None and moment.shape != parameter.shape:
                 raise CheckpointError(f"the optimizer state of {name!r} has shape {list(moment.shape)}")
+            entry = {key: part_of_whole(value, parameter).clone() for key, value in entry.items()}
             if entry:
                 self._adamw.state[master] = entry
             if f"{name}.master" in state:
-                master.data.copy_(state[f"{name}.master"])
+                master.data.copy_(part_of_whole(state[f"{name}.master"], parameter))

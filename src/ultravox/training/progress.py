@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ultravox.metrics.token_predictions import PredictionCounts
+from ultravox.training.engines.ranks import is_main_process
 from ultravox.training.measure import memory_bytes
 from ultravox.training.plateau import PlateauNotice
 from ultravox.training.trackers.window import Window
@@ -105,7 +106,7 @@ def bar(
     title: str, unit: str = "s of audio", console: Console | None = None
 ) -> Iterator[Callable[[float, float], None]]:
     """A bar for one long job; yields what to call with the amount done and the amount in all."""
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=not is_main_process())
     if not console.is_terminal:
         announced = False
 

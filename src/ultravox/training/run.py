@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.loader import Loader, killed_workers_explained
-from ultravox.data.order import Position
-from ultravox.data.sample_log import SampleLog, next_attempt
+from ultravox.data.order import Position, rank_slice
 from ultravox.data.sources import require_not_shrunk
 from ultravox.errors import ConfigError, UltravoxError
 from ultravox.files import atomic_folder, atomic_write
@@ -26,6 +23,10 @@ from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.fast import use_fast_kernels
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
+from ultravox.training.engines.base import Engine, describe
+from ultravox.training.engines.factory import build_engine
+from ultravox.training.engines.ranks import in_turn
+from ultravox.training.engines.shards import whole
 from ultravox.training.heads import save_head
 from ultravox.training.identity import base_models, deciding_keys
 from ultravox.training.interrupt import StopRequest, stop_on_signals
@@ -35,7 +36,6 @@ from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
 from ultravox.training.preflight import require_transcripts
-from ultravox.training.progress import TerminalProgress
 from ultravox.training.resume import (
     finished_text,
     is_finished,
@@ -45,15 +45,14 @@ from ultravox.training.resume import (
 )
 from ultravox.training.rows import source_key, source_spec
 from ultravox.training.run_folder import clear, lock, require_free
-from ultravox.training.speech import SpeechData, prepare_speech
+from ultravox.training.speech import SpeechData, prepare_speech, trainable_of
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.stream import prepare_stream
 from ultravox.training.summary import RunState, announce, run_summary, stage_summary, tell, tell_mixture
-from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
-from ultravox.training.trackers.samples import StepSamples, samples_folder
-from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
+from ultravox.training.trackers.jsonl import drop_rows_after
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
 from ultravox.training.tune import TuneTask
+from ultravox.training.watchers import watch_stage
 
 TASKS: dict[str, type[SpeechTask]] = {"align": AlignTask, "tune": TuneTask}
 
@@ -73,6 +72,12 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint was saved.
         UltravoxError: whatever in the configuration, the data or a checkpoint does not fit.
     """
+    with build_engine(config.engine) as engine:
+        return _run_training(config, engine, resume=resume, overwrite=overwrite)
+
+
+def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite: bool) -> Path:
+    """`run_training`, on one of its ranks. Only the main one writes, but for logs of samples."""
     begin = time.monotonic()
     run_dir = Path(config.run_dir)
     names = [stage.name for stage in config.stages]
@@ -80,11 +85,12 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         instead = "begin with --overwrite" if (run_dir / "config.yaml").is_file() else "leave out --resume to begin"
         raise ConfigError(f"{run_dir} holds no checkpoint of these stages to go on from: {instead}")
     with ExitStack() as stack:
-        # 1. One process per run folder
-        lock(run_dir, stack)
-        found = checkpoints.list_checkpoints(run_dir, names)
-        if not resume:
-            require_free(run_dir, overwrite=overwrite)
+        # 1. One run per run folder
+        if engine.is_main:
+            lock(run_dir, stack)
+            if not resume:
+                require_free(run_dir, overwrite=overwrite)
+        found = engine.gather(checkpoints.list_checkpoints(run_dir, names))[0]
         start = checkpoints.load_checkpoint(found[-1]) if resume else None
         if start is not None:
             require_same_config(start.state["config"], deciding_keys(config), found[-1])
@@ -100,8 +106,10 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             require_same(start.state["base_models"], bases, "a base model", found[-1])
 
         # 3. The data: clips, tokens, features of the frozen encoder
-        prepare = prepare_stream if config.data.streaming else prepare_speech
-        data = prepare(config, model, processor)
+        with in_turn(engine.rank, engine.world_size):
+            data = _prepare(config, engine, model, processor)
+        engine.prepare(model)
+        data.trainable = trainable_of(model)
         run = RunState(feature_cache_seconds=data.cache_report.seconds)
         if start is not None:
             for source in config.data.sources:
@@ -113,15 +121,18 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         announce(model, data)
 
         # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
-        if not resume:
-            clear(run_dir)
-        atomic_write(run_dir / "config.yaml", dump_config(config))
-        drop_rows_after(run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ()))
+        if engine.is_main:
+            if not resume:
+                clear(run_dir)
+            atomic_write(run_dir / "config.yaml", dump_config(config))
+            where = (start.state["stage"], start.state["step"]) if start else ()
+            drop_rows_after(run_dir / "log.jsonl", names, *where)
+        engine.gather(None)  # nobody writes before the folder is clear
         stop = stack.enter_context(stop_on_signals())
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
-                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop)
+                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop, engine)
                 _run_stage(context, start if index == first else None)
 
         if start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1]):
@@ -129,10 +140,20 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             return run_dir
 
         # 5. The model as others read it, then the summary, which says that the run is whole
-        with atomic_folder(run_dir / "model") as folder:
-            save_model(model, processor, folder)
-        atomic_write(run_dir / "train.json", json.dumps(run_summary(run, data, begin), indent=2) + "\n")
+        state = {name: whole(value) for name, value in model.state_dict().items()} if engine.is_sharded else None
+        if engine.is_main:
+            with atomic_folder(run_dir / "model") as folder:
+                save_model(model, processor, folder, state)
+            summary = {**run_summary(run, data, begin), "engine": describe(engine)}
+            atomic_write(run_dir / "train.json", json.dumps(summary, indent=2) + "\n")
     return run_dir
+
+
+def _prepare(config: RunConfig, engine: Engine, model: Any, processor: Any) -> SpeechData:
+    """The data of this rank: all of it, or its part of a stream."""
+    if config.data.streaming:
+        return prepare_stream(config, model, processor, rank=engine.rank, world_size=engine.world_size)
+    return prepare_speech(config, model, processor)
 
 
 @dataclass(slots=True)
@@ -148,6 +169,7 @@ class _Stage:
     base_models: dict[str, dict[str, str]]
     begin: float
     stop: StopRequest
+    engine: Engine
 
     @property
     def run_dir(self) -> Path:
@@ -156,11 +178,12 @@ class _Stage:
 
 def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     """Train one stage, from its beginning or from a checkpoint in it, and add its summary to the run's."""
-    config, stage, run = context.config, context.stage, context.run
+    config, stage, run, engine = context.config, context.stage, context.run, context.engine
     done = next((summary for summary in run.finished if summary["name"] == stage.name), None)
     seed_everything(config.seed, stage.name)
-    matmul = MatmulRate() if stage.objective == "tune" and done is None else None
+    matmul = MatmulRate() if stage.objective == "tune" and done is None and engine.is_main else None
     task = TASKS[stage.objective](context.model, context.processor, context.data, stage, config.seed)
+    task.is_sharded = engine.is_sharded
     if task.left_out and done is None:
         text = (
             f"stage {stage.name}: {len(task.left_out)} versions of {len(set(task.left_out))} clips have no transcript, "
@@ -175,13 +198,19 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     if stage.max_batch_memory_gb is not None:
         known = start.state["memory"] if start is not None else None
         memory = calibrate_task(task) if known is None else MemoryModel.from_json(known)
+        memory = MemoryModel.from_json(engine.gather(memory.to_json())[0])  # one plan for all ranks
         task.limit_memory(memory, round(stage.max_batch_memory_gb * 1e9))
-    optimizer = Optimizer(groups, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps)
+    optimizer = Optimizer(
+        groups, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, sum_over_ranks=engine.sum
+    )
+    if engine.rank:
+        seed_everything(config.seed, f"{stage.name}, rank {engine.rank}")  # dropout of its own
     state = LoopState()
     if start is not None:
         task.load_trainable_state(start.trainable)
         optimizer.load_state_dict(start.optimizer)
-        checkpoints.restore_random_state(start.state["random"])
+        if (random_state := checkpoints.random_state_of(start.state, engine.rank, engine.world_size)) is not None:
+            checkpoints.restore_random_state(random_state)
         where = checkpoints.checkpoint_folder(context.run_dir, stage.name, start.state["step"])
         order = {stage.name: task.order.fingerprint}
         require_same({stage.name: start.state["order"]}, order, "the order of the data", where)
@@ -197,12 +226,14 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         if state.step == stage.max_steps:
             run.finished.append(stage_summary(stage, task, state, last, matmul))
             tell_mixture(stage.name, run.finished[-1]["mixture"])
-            save_head(context.run_dir, stage.name, task)
+            if engine.is_main:
+                save_head(context.run_dir, stage.name, task)
         content = _checkpoint_content(context, task, state)
-        folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
-        checkpoints.save_checkpoint(folder, checkpoint)
-        checkpoints.remove_old_checkpoints(context.run_dir, [s.name for s in config.stages])
+        if engine.is_main:
+            folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
+            checkpoints.save_checkpoint(folder, checkpoint)
+            checkpoints.remove_old_checkpoints(context.run_dir, [s.name for s in config.stages])
 
     settings = LoopSettings(
         stage=stage.name,
@@ -220,7 +251,8 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(killed_workers_explained())
-        callbacks = [*_callbacks(context, state, last, stack), *([MatmulSamples(matmul)] if matmul else [])]
+        watchers = watch_stage(config, stage, context.data, engine, state, last, stack)
+        callbacks = [*watchers, *([MatmulSamples(matmul)] if matmul else [])]
         run_stage(
             task,
             optimizer,
@@ -230,6 +262,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
             callbacks=callbacks,
             save=save,
             stop=context.stop,
+            engine=engine,
         )
 
 
@@ -240,7 +273,8 @@ def _checkpoint_content(context: _Stage, task: SpeechTask, state: LoopState) -> 
         "stage": context.stage.name,
         "step": state.step,
         "loop": state.to_json(),
-        "random": checkpoints.random_state(),
+        "random": (random_states := context.engine.gather(checkpoints.random_state()))[0],
+        "random_of_other_ranks": random_states[1:],
         "resolved_config": config.model_dump(mode="json"),
         "config": deciding,
         "config_sha256": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest(),
@@ -260,11 +294,17 @@ def _checkpoint_content(context: _Stage, task: SpeechTask, state: LoopState) -> 
 
 
 def _loader(context: _Stage, task: SpeechTask) -> Loader:
-    options = context.config.data.loader
+    options, engine, per_step = context.config.data.loader, context.engine, context.stage.accumulation_steps
+    rank, world_size = engine.rank, engine.world_size
+    mine = rank_slice(0, per_step, rank, world_size)
+    if task.data.stream is not None:  # each rank has an order of its own
+        per_step, rank, world_size = len(mine), 0, 1
     return Loader(
         task.order,
         task.make_batch,
-        batches_per_step=context.stage.accumulation_steps,
+        batches_per_step=per_step,
+        rank=rank,
+        world_size=world_size,
         workers=options.workers,
         prefetch=options.prefetch,
         pin_memory=torch.cuda.is_available(),
@@ -273,44 +313,6 @@ def _loader(context: _Stage, task: SpeechTask) -> Loader:
 
 def _position(state: LoopState) -> Position:
     return Position(state.epoch, state.window, state.batch)
-
-
-class _Last:
-    """Remembers the last loss and evaluation, for the summary."""
-
-    def __init__(self, values: dict[str, float]) -> None:
-        self.values = values
-
-    def on_step(self, record: Any) -> None:
-        self.values["loss"] = record.loss
-
-    def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        self.values.update(metrics)
-
-
-def _callbacks(context: _Stage, state: LoopState, last: dict[str, float], stack: ExitStack) -> Sequence[Any]:
-    """What watches the stage; `stack` closes each, also when the next one cannot be made."""
-    stage = context.stage
-    callbacks: list[Any] = []
-
-    def add(callback: Any) -> None:
-        stack.callback(callback.close)
-        callbacks.append(callback)
-
-    add(JsonLinesLog(context.run_dir / "log.jsonl", stage.log_every, state.seconds))
-    if context.config.logging.tensorboard:
-        if tensorboard_is_installed():
-            folder = context.run_dir / "tensorboard" / stage.name
-            add(TensorBoardLog(folder, stage.log_every, state.step, state.seconds))
-        else:
-            Console(stderr=True).print("TensorBoard is not installed: no tensorboard/ is written; log.jsonl is")
-    if context.config.logging.samples:
-        folder = samples_folder(context.run_dir, stage.name)
-        log = SampleLog(folder, rank=0, world_size=1, attempt=next_attempt(folder), first_step=state.step)
-        names = [source_key(source) for source in context.data.sources]
-        add(StepSamples(log, names, streamed=context.config.data.streaming))
-    add(TerminalProgress(stage.name, stage.max_steps, stage.log_every, elapsed_seconds=state.seconds))
-    return [*callbacks, _Last(last)]
 
 
 def seed_everything(seed: int, purpose: str) -> None:

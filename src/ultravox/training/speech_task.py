@@ -20,6 +20,7 @@ from ultravox.errors import CheckpointError
 from ultravox.metrics.error_rate import character_errors, word_error_rate
 from ultravox.metrics.overlap import bleu, chrf, sacrebleu_is_installed
 from ultravox.training.batches import BatchMaker, SpeechBatch
+from ultravox.training.engines.shards import assign, whole
 from ultravox.training.examples import Example, ExampleTable
 from ultravox.training.features import augment
 from ultravox.training.memory_model import MemoryModel, OfLongest
@@ -54,6 +55,8 @@ class SpeechTask(abc.ABC):
         """Parameters of the objective itself."""
         self.keeps_extra = False
         """Whether they are of use after training."""
+        self.is_sharded = False
+        """Whether each rank must run the decoder forwards and backwards as often as the others."""
         self.left_out: list[str] = []
         """The example of each version that this objective cannot use."""
         wanted = np.array([stage.sources is None or source.name in stage.sources for source in data.sources])
@@ -117,7 +120,13 @@ class SpeechTask(abc.ABC):
     def loss(self, batch: SpeechBatch) -> LossOutput:
         """See `Task`. DataError when too many recordings of the run could not be decoded."""
         self.data.set_aside(batch.faults, batch.num_rows, batch.epoch)
-        return self._loss(batch) if batch.ids else LossOutput(torch.zeros(()), 0, 0.0, 0)
+        if batch.ids:
+            return self._loss(batch)
+        return LossOutput(self._idle() if self.is_sharded else torch.zeros(()), 0, 0.0, 0)
+
+    def _idle(self) -> Tensor:
+        """0, after the passes through sharded layers that the other ranks make with their batches."""
+        return torch.zeros(())
 
     @abc.abstractmethod
     def _loss(self, batch: SpeechBatch) -> LossOutput:
@@ -238,15 +247,17 @@ class SpeechTask(abc.ABC):
         return metrics
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """All that trains in any stage, and the objective's own parameters."""
-        state = {name: parameter.detach() for name, parameter in self.trainable.items()}
+        """All that trains in any stage, and the objective's own parameters; whole, however they are sharded."""
+        state = {name: whole(parameter.detach()) for name, parameter in self.trainable.items()}
         if self.extra is not None:
             state |= {f"objective.{name}": p.detach() for name, p in self.extra.named_parameters()}
         return state
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Undo `trainable_state`. CheckpointError when names or shapes differ."""
-        current = self.trainable_state()
+        current = {name: parameter.detach() for name, parameter in self.trainable.items()}
+        if self.extra is not None:
+            current |= {f"objective.{name}": p.detach() for name, p in self.extra.named_parameters()}
         if odd := sorted(set(current) ^ set(state)):
             where = "only in the checkpoint" if odd[0] in state else "missing in the checkpoint"
             raise CheckpointError(f"the checkpoint does not fit the model: {odd[0]} is {where} ({len(odd)} such)")
@@ -254,4 +265,4 @@ class SpeechTask(abc.ABC):
             for name, tensor in current.items():
                 if tensor.shape != state[name].shape:
                     raise CheckpointError(f"{name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
-                tensor.copy_(state[name])
+                assign(tensor, state[name])

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ultravox.config.schema import StageConfig
 from ultravox.data.order import Position
+from ultravox.training.engines.ranks import is_main_process
 from ultravox.training.measure import MatmulRate, memory_bytes, peak_memory_bytes
 from ultravox.training.speech import SpeechData
 from ultravox.training.speech_task import SpeechTask
@@ -106,5 +107,7 @@ def announce(model: Any, data: SpeechData) -> None:
 
 
 def tell(text: str) -> None:
-    """A line on standard error."""
+    """A line on standard error, once for all processes of a run."""
+    if not is_main_process():
+        return
     Console(stderr=True).print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -12,6 +12,7 @@ import torch
 
 from ultravox.errors import UltravoxError
 from ultravox.metrics.token_predictions import PredictionCounts, pool_predictions
+from ultravox.training.engines.base import Engine
 from ultravox.training.interrupt import StopRequest, TrainingInterrupted
 from ultravox.training.optim import Optimizer, lr_factor
 from ultravox.training.splitting import run_with_splitting
@@ -106,6 +107,8 @@ class StepRecord:
     """The examples of a step whose loss stands far above the usual."""
     split_ids: list[list[str]] | None = None
     """The examples of each batch that did not fit into memory, and was run in halves."""
+    signal_number: int | None = None
+    """Of the signal by which a rank was asked to stop."""
 
 
 class Callback(Protocol):
@@ -126,6 +129,7 @@ def run_stage(
     callbacks: Sequence[Callback] = (),
     save: Callable[[LoopState], None] = lambda state: None,
     stop: StopRequest | None = None,
+    engine: Engine | None = None,
 ) -> LoopState:
     """Train one stage to its last step.
 
@@ -137,7 +141,8 @@ def run_stage(
         state: where to go on; None = at the beginning.
         callbacks: watchers.
         save: writes a checkpoint; called at `checkpoint_every`, at the end, and before stopping on a signal.
-        stop: a signal's request to end after the step in hand.
+        stop: a signal's request to end after the step in hand; one rank's is all ranks'.
+        engine: shares the steps with other ranks, on which the same stage runs; None = this process by itself.
 
     Raises:
         TrainingInterrupted: after a signal, once saved.
@@ -147,132 +152,191 @@ def run_stage(
     begin = time.monotonic() - state.seconds
     task.train_mode()
     with closing(load(state)) as steps:  # type: ignore[type-var]
-        _run(task, optimizer, settings, steps, state, begin, callbacks, save, stop)
+        loop = _Loop(task, optimizer, settings, engine or Engine(), StopRequest() if stop is None else stop)
+        loop.run(steps, state, begin, callbacks, save)
     return state
 
 
-def _run(
-    task: Task,
-    optimizer: Optimizer,
-    settings: LoopSettings,
-    steps: Iterator[LoadedStep],
-    state: LoopState,
-    begin: float,
-    callbacks: Sequence[Callback],
-    save: Callable[[LoopState], None],
-    stop: StopRequest | None,
-) -> None:
-    while state.step < settings.max_steps:
-        waiting = time.monotonic()
-        loaded = next(steps)
-        wait = time.monotonic() - waiting
-        record = _step(task, optimizer, settings, state, loaded)
-        record.data_wait_seconds = wait
-        state.data_wait_seconds += wait
-        state.seconds = record.elapsed_seconds = time.monotonic() - begin
-        for callback in callbacks:
-            callback.on_step(record)
-        if state.skipped_in_row >= settings.max_skipped_steps:
-            raise UltravoxError(
-                f"stage {settings.stage}: the loss was not finite in {state.skipped_in_row} steps in a row, up to step "
-                f"{state.step} with {', '.join((record.skipped_ids or [])[:5])}: lower the learning rate, or look at "
-                f"these clips"
-            )
-        last = state.step == settings.max_steps
-        if last or settings.evaluates_after(state.step):
-            _evaluate(task, settings, state, callbacks)
-        state.seconds = time.monotonic() - begin
-        if last or stop or (settings.checkpoint_every and state.step % settings.checkpoint_every == 0):
-            save(state)
-        if stop and not last:
-            assert stop.signal_number is not None
-            raise TrainingInterrupted(stop.signal_number)
+@dataclass(slots=True)
+class _Counts:
+    """What a rank has added up in a step, or all ranks together."""
 
+    loss_sum: float = 0.0
+    count: float = 0.0
+    audio_seconds: float = 0.0
+    num_tokens: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)
+    splits: list[list[str]] = field(default_factory=list)
+    predictions: list[PredictionCounts] = field(default_factory=list)
+    signal_number: int | None = None
 
-def _step(task: Task, optimizer: Optimizer, settings: LoopSettings, state: LoopState, loaded: LoadedStep) -> StepRecord:
-    """One optimizer step: gradients of the loss sums of all micro-batches, divided by their common count."""
-    optimizer.zero_grad()
-    loss_sum = count = audio_seconds = 0.0
-    num_tokens = 0
-    metrics: dict[str, float] = {}
-    means: dict[str, tuple[float, float]] = {}
-    ids: list[str] = []
-    splits: list[list[str]] = []
-    predictions: list[PredictionCounts] = []
-    for batch in (item.batch for item in loaded.batches):
-        ids.extend(batch.ids)
-        outputs = run_with_splitting(
-            partial(_forward_and_backward, task),
-            batch,
-            task.halves,
-            lambda whole, _: splits.append(list(whole.ids)),
-            parameters=optimizer.parameters,
+    def add(self, output: LossOutput) -> None:
+        """One micro-batch."""
+        found = [] if output.predictions is None else [output.predictions]
+        more = _Counts(
+            output.sum.item(), output.count, output.audio_seconds, output.num_tokens, output.metrics, output.means
         )
-        for output in outputs:
-            loss_sum += output.sum.item()
-            count += output.count
-            audio_seconds += output.audio_seconds
-            num_tokens += output.num_tokens
-            if output.predictions is not None:
-                predictions.append(output.predictions)
-            for name, number in output.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + number
-            for name, (part, number) in output.means.items():
-                before = means.get(name, (0.0, 0.0))
-                means[name] = (before[0] + part, before[1] + number)
-    state.epoch, state.window, state.batch = loaded.after
-    factor = settings.lr_factor(state.step)
-    norm = math.nan
-    if math.isfinite(loss_sum) and count > 0:
+        self.join(more)
+        self.predictions += found
+
+    def join(self, other: "_Counts") -> None:
+        """More of the same step."""
+        self.loss_sum += other.loss_sum
+        self.count += other.count
+        self.audio_seconds += other.audio_seconds
+        self.num_tokens += other.num_tokens
+        for name, number in other.metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + number
+        for name, (part, number) in other.means.items():
+            before = self.means.get(name, (0.0, 0.0))
+            self.means[name] = (before[0] + part, before[1] + number)
+        self.ids += other.ids
+        self.splits += other.splits
+        self.predictions += other.predictions
+        self.signal_number = self.signal_number or other.signal_number
+
+
+@dataclass(slots=True)
+class _Loop:
+    """One stage's steps."""
+
+    task: Task
+    optimizer: Optimizer
+    settings: LoopSettings
+    engine: Engine
+    stop: StopRequest
+
+    def run(
+        self,
+        steps: Iterator[LoadedStep],
+        state: LoopState,
+        begin: float,
+        callbacks: Sequence[Callback],
+        save: Callable[[LoopState], None],
+    ) -> None:
+        settings = self.settings
+        while state.step < settings.max_steps:
+            with self.engine.watch():
+                waiting = time.monotonic()
+                loaded = next(steps)
+                wait = time.monotonic() - waiting
+                record = self._step(state, loaded)
+            record.data_wait_seconds = wait
+            state.data_wait_seconds += wait
+            state.seconds = record.elapsed_seconds = time.monotonic() - begin
+            for callback in callbacks:
+                callback.on_step(record)
+            if state.skipped_in_row >= settings.max_skipped_steps:
+                raise UltravoxError(
+                    f"stage {settings.stage}: the loss was not finite in {state.skipped_in_row} steps in a row, up to "
+                    f"step {state.step} with {', '.join((record.skipped_ids or [])[:5])}: lower the learning rate, or "
+                    f"look at these clips"
+                )
+            last = state.step == settings.max_steps
+            if last or settings.evaluates_after(state.step):
+                self._evaluate(state, callbacks)
+            state.seconds = time.monotonic() - begin
+            signal_number = record.signal_number
+            if self.engine.world_size == 1:  # also of a signal during the evaluation; among ranks, all must know of it
+                signal_number = self.stop.signal_number
+            due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
+            if last or signal_number is not None or due:
+                save(state)
+            if signal_number is not None and not last:
+                raise TrainingInterrupted(signal_number)
+
+    def _step(self, state: LoopState, loaded: LoadedStep) -> StepRecord:
+        """One optimizer step: gradients of the loss sums of all micro-batches, divided by their common count."""
+        self.optimizer.zero_grad()
+        mine = _Counts()
+        for batch in (item.batch for item in loaded.batches):
+            mine.ids += batch.ids
+            for output in self._outputs(batch, mine.splits):
+                mine.add(output)
+        mine.signal_number = self.stop.signal_number
+        counts = _Counts()
+        for found in self.engine.gather(mine):
+            counts.join(found)
+        state.epoch, state.window, state.batch = loaded.after
+        norm = self._update(state.step, counts)
+        state.step += 1
+        taken = math.isfinite(norm)
+        state.skipped_in_row = 0 if taken else state.skipped_in_row + 1
+        state.skipped += not taken
+        state.audio_seconds += counts.audio_seconds
+        state.num_tokens += counts.num_tokens
+        loss = counts.loss_sum / counts.count if counts.count else math.nan
+        is_spike = state.step > 1 / SMOOTHING and loss > SPIKE_FACTOR * state.usual_loss
+        if taken:
+            state.usual_loss += (SMOOTHING if state.usual_loss else 1.0) * (loss - state.usual_loss)
+        factor = self.settings.lr_factor(state.step - 1)
+        return StepRecord(
+            stage=self.settings.stage,
+            step=state.step,
+            max_steps=self.settings.max_steps,
+            loss=loss,
+            lr={group.part: group.lr * factor for group in self.optimizer.groups},
+            grad_norm=norm,
+            audio_seconds=counts.audio_seconds,
+            num_tokens=counts.num_tokens,
+            elapsed_seconds=0.0,
+            batches=loaded.batches,
+            metrics={name: number / counts.count for name, number in counts.metrics.items() if counts.count}
+            | {name: part / number for name, (part, number) in counts.means.items() if number},
+            of_parts=self.optimizer.measured if taken else {},
+            predictions=pool_predictions(counts.predictions) if counts.predictions else None,
+            skipped_ids=None if taken else counts.ids,
+            spike_ids=counts.ids if taken and is_spike else None,
+            split_ids=counts.splits or None,
+            signal_number=counts.signal_number,
+        )
+
+    def _outputs(self, batch: Any, splits: list[list[str]]) -> list[LossOutput]:
+        """Forwards and backwards through a batch, in halves where it does not fit into memory."""
+        run = partial(_forward_and_backward, self.task, self.engine)
+        if self.engine.is_sharded:  # halves of one rank would be passes that the other ranks do not make
+            return [run(batch)]
+        return run_with_splitting(
+            run,
+            batch,
+            self.task.halves,
+            lambda whole, _: splits.append(list(whole.ids)),
+            parameters=self.optimizer.parameters,
+        )
+
+    def _update(self, step: int, counts: _Counts) -> float:
+        """The gradient's norm before clipping; where it, or the loss, is not finite on any rank, none is updated."""
+        settings = self.settings
+        if self.engine.world_size > 1:
+            self.engine.reduce(self.optimizer.parameters)
+        if not (math.isfinite(counts.loss_sum) and counts.count > 0):
+            return math.nan
         every = settings.measure_every
-        measure = bool(every) and ((state.step + 1) % every == 0 or state.step + 1 == settings.max_steps)
-        norm = optimizer.step(divisor=count, max_grad_norm=settings.max_grad_norm, lr_factor=factor, measure=measure)
-    taken = math.isfinite(norm)
-    state.step += 1
-    state.skipped_in_row = 0 if taken else state.skipped_in_row + 1
-    state.skipped += not taken
-    state.audio_seconds += audio_seconds
-    state.num_tokens += num_tokens
-    loss = loss_sum / count if count else math.nan
-    is_spike = state.step > 1 / SMOOTHING and loss > SPIKE_FACTOR * state.usual_loss
-    if taken:
-        state.usual_loss += (SMOOTHING if state.usual_loss else 1.0) * (loss - state.usual_loss)
-    return StepRecord(
-        stage=settings.stage,
-        step=state.step,
-        max_steps=settings.max_steps,
-        loss=loss,
-        lr={group.part: group.lr * factor for group in optimizer.groups},
-        grad_norm=norm,
-        audio_seconds=audio_seconds,
-        num_tokens=num_tokens,
-        elapsed_seconds=0.0,
-        batches=loaded.batches,
-        metrics={name: number / count for name, number in metrics.items() if count}
-        | {name: part / number for name, (part, number) in means.items() if number},
-        of_parts=optimizer.measured if taken else {},
-        predictions=pool_predictions(predictions) if predictions else None,
-        skipped_ids=None if taken else ids,
-        spike_ids=ids if taken and is_spike else None,
-        split_ids=splits or None,
-    )
+        measure = bool(every) and ((step + 1) % every == 0 or step + 1 == settings.max_steps)
+        return self.optimizer.step(
+            divisor=counts.count,
+            max_grad_norm=settings.max_grad_norm,
+            lr_factor=settings.lr_factor(step),
+            measure=measure,
+        )
+
+    def _evaluate(self, state: LoopState, callbacks: Sequence[Callback]) -> None:
+        """Look at progress without disturbing training: the random state is put back. Each rank does all of it."""
+        start = time.monotonic()
+        with torch.random.fork_rng(devices=[]), self.engine.whole_weights():
+            metrics = self.task.evaluate()
+        self.task.train_mode()
+        state.evaluation_seconds += time.monotonic() - start
+        for callback in callbacks:
+            callback.on_evaluation(self.settings.stage, state.step, metrics)
 
 
-def _forward_and_backward(task: Task, batch: Any) -> LossOutput:
+def _forward_and_backward(task: Task, engine: Engine, batch: Any) -> LossOutput:
     """Loss of a batch, whose gradients are added to what is there; the graph is gone afterwards."""
     output = task.loss(batch)
-    if output.sum.requires_grad and math.isfinite(output.sum.item()):
-        output.sum.backward()
+    if output.sum.requires_grad and (engine.is_sharded or math.isfinite(output.sum.item())):
+        engine.backward(output.sum)
     output.sum = output.sum.detach()
     return output
-
-
-def _evaluate(task: Task, settings: LoopSettings, state: LoopState, callbacks: Sequence[Callback]) -> None:
-    """Look at progress without disturbing training: the random state is put back."""
-    start = time.monotonic()
-    with torch.random.fork_rng(devices=[]):
-        metrics = task.evaluate()
-    task.train_mode()
-    state.evaluation_seconds += time.monotonic() - start
-    for callback in callbacks:
-        callback.on_evaluation(settings.stage, state.step, metrics)

@@ -148,6 +148,11 @@ class TuneTask(SpeechTask):
             self._add(output, self.next_frames.options.weight, self.next_frames.loss(self._of_audio(states), hidden))
         return output
 
+    def _idle(self) -> Tensor:
+        """See `SpeechTask`: one token of zeros."""
+        inputs = self.model.embed(torch.full((1, 1), self.pad_token_id)).detach().requires_grad_()
+        return self.model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum() * 0
+
     @staticmethod
     def _add(output: LossOutput, weight: float, more: tuple[Tensor, int, dict[str, tuple[float, float]]]) -> None:
         total, count, means = more
@@ -242,6 +247,8 @@ class TuneTask(SpeechTask):
             batch = self.counted(batch, audio[1])
         tokens = self.tokens(batch)
         inputs, labels, places, arguments = self._inputs(tokens, audio, self._packer if training else None)
+        if self.is_sharded and training and not inputs.requires_grad:
+            inputs.requires_grad_()  # text alone: the layers are gathered on the way back too, as on the other ranks
         hidden = self.model.get_decoder()(inputs_embeds=inputs, use_cache=False, **arguments).last_hidden_state
         return _States(tokens, hidden, labels, places)
 
