@@ -174,8 +174,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             for file in temporary.rglob("*"):
-                if file.is_file():
-                    fsync_file(file)
+                fsync_file(file)
+            fsync_file(temporary)
             replace_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_run import tiny_config
 from two_ranks import finish, start, train
 
+from ultravox.cli.main import main
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig
 
@@ -190,3 +191,20 @@ def test_half_an_environment_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "one")
     with pytest.raises(ConfigError, match="must be integers"):
         ranks_of_environment()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--stages.tune.tune.distillation.weight", "1"],
+            "the teacher runs only for texts that its cache",
+        ),
+        (["--stages.tune.max_batch_memory_gb", "1"], "leave out max_batch_memory_gb"),
+    ],
+)
+def test_what_would_hang_is_refused_before_anything_loads(parts, tmp_path, capsys, more, message):
+    config = write_config(parts, tmp_path, "run", kind="ddp")
+    assert main(["train", str(config), "--engine.kind", "fsdp2", *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

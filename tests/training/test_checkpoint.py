@@ -17,7 +17,7 @@ from ultravox.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     random_state,
-    remove_old_checkpoints,
+    remove_checkpoints,
     restore_random_state,
     save_checkpoint,
 )
@@ -123,7 +123,7 @@ def test_killed_while_saving_leaves_the_checkpoint_before(tmp_path, point):
     assert os.waitstatus_to_exitcode(status) == 9
     assert list_checkpoints(tmp_path, ["a"]) == [folder]
     load_checkpoint(folder)
-    remove_old_checkpoints(tmp_path, ["a"])
+    remove_checkpoints(tmp_path, [])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["a-000001"], "leftovers are cleared"
 
 
@@ -147,7 +147,7 @@ def test_order_and_removal(tmp_path):
     stages = ["align", "tune"]
     names = [path.name for path in list_checkpoints(tmp_path, stages)]
     assert names == ["align-000020", "align-000100", "tune-000005", "tune-000040"]
-    remove_old_checkpoints(tmp_path, stages, keep=2)
+    remove_checkpoints(tmp_path, list_checkpoints(tmp_path, stages)[:-2])
     assert [path.name for path in list_checkpoints(tmp_path, stages)] == names[2:]
 
 
@@ -164,7 +164,7 @@ def test_killed_while_removing_leaves_a_valid_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
-        remove_old_checkpoints(tmp_path, ["a"], keep=2)
+        remove_checkpoints(tmp_path, list_checkpoints(tmp_path, ["a"])[:-2])
     for folder in list_checkpoints(tmp_path, ["a"]):
         load_checkpoint(folder)
     assert len(list_checkpoints(tmp_path, ["a"])) == 2

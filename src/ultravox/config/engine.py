@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ultravox.config.section import Section
+from ultravox.config.section import Section, misfit
 
 
 class EngineConfig(Section):
@@ -22,3 +22,28 @@ class EngineConfig(Section):
         True,
         description="fsdp2: give a layer's weights back between its passes; false sends less and takes more memory",
     )
+
+    def require_even_passes(self, name: str, key: str, distillation_weight: float, max_memory: float | None) -> None:
+        """Refuse what would let ranks run sharded layers unequally often, so that all would hang.
+
+        Args:
+            name: of the stage.
+            key: of the stage.
+            distillation_weight, max_memory: of the stage.
+        """
+        if self.kind != "fsdp2":
+            return
+        if distillation_weight:
+            raise misfit(
+                f"stage {name!r} distils, but with engine.kind fsdp2 each rank must run the layers as often as the "
+                "others, and the teacher runs only for texts that its cache does not hold: take ddp",
+                "engine.kind",
+                f"{key}.tune.distillation.weight",
+            )
+        if max_memory is not None:
+            raise misfit(
+                f"stage {name!r} measures memory on each rank by itself, but with engine.kind fsdp2 all must run the "
+                "same passes: leave out max_batch_memory_gb, and lower max_batch_tokens",
+                "engine.kind",
+                f"{key}.max_batch_memory_gb",
+            )

@@ -1,6 +1,7 @@
 """Mistakes in a configuration in words: where each stands, what was expected, what came, and what to change."""
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
@@ -14,6 +15,17 @@ from ultravox.config.walk import bare_annotation, default_of, field_at, field_na
 from ultravox.errors import ConfigError
 
 MOST_MISTAKES = 10
+#: What is asked for by name and is no longer made anywhere, and what to take instead.
+RETIRED = {
+    r"nebula": (
+        "Nebula has been ended by Microsoft, and DeepSpeed refuses it: take `checkpoints`, which are written beside "
+        "training (background), kept in tiers (keep_last, keep_every, keep_best) and copied to a store (upload)"
+    ),
+    r"ort_?module|torch_?ort|^ort$|onnx_?runtime|ort_?training": (
+        "ONNX Runtime training (ORTModule, torch-ort) was ended in 2024: leave it out. torch.compile makes training "
+        "faster; ONNX Runtime itself is for inference, of an ONNX export"
+    ),
+}
 #: What a text has to look like, for the patterns of the schema.
 FORMS = {r"^[a-z][a-z0-9_]*$": "a name of lower-case letters, digits and _ that begins with a letter"}
 PLURALS = {"a text": "texts", "an integer": "integers", "a number": "numbers", "true or false": "truth values"}
@@ -32,7 +44,13 @@ def explain(details: Sequence[Mapping[str, Any]], document: Document) -> ConfigE
 def unknown_key(where: str, key: str, section: str, known: Sequence[str]) -> str:
     """The line about a key that a section ("" = the top level) does not know."""
     place = f" in {section}" if section else ""
-    return f"{where}: unknown key '{key}'{place}{hint(key, known)}"
+    return f"{where}: unknown key '{key}'{place}{retired(key) or hint(key, known)}"
+
+
+def retired(word: object) -> str:
+    """What to take instead of what is no longer made, if a key or value names that."""
+    found = [text for pattern, text in RETIRED.items() if re.search(pattern, str(word).lower())]
+    return f": {found[0]}" if found else ""
 
 
 def hint(word: str, known: Sequence[str]) -> str:
@@ -89,7 +107,8 @@ def _line(detail: Mapping[str, Any], path: KeyPath, document: Document) -> str:
     wanted = _expected(annotation, metadata, given)
     if kind == "finite_number":
         wanted = wanted.replace("a number", "a finite number")
-    return f"{where}: {prefix}expected {wanted}, got {_shown(given)}{_remedy(annotation, path, given)}"
+    instead = retired(given) or _remedy(annotation, path, given)
+    return f"{where}: {prefix}expected {wanted}, got {_shown(given)}{instead}"
 
 
 def _parts(key: str) -> KeyPath:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ultravox.config.checkpoints import CheckpointsConfig
 from ultravox.config.data import AugmentConfig, DataConfig
 from ultravox.config.engine import EngineConfig
 from ultravox.config.objectives import AlignOptions, TuneOptions
@@ -309,6 +310,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="measuring")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="logs")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="processes")
+    checkpoints: CheckpointsConfig = Field(default_factory=CheckpointsConfig, description="checkpoints")
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -335,7 +337,9 @@ class RunConfig(Section):
         return self
 
     def _check_stage(self, stage: StageConfig, key: str) -> None:
-        """A stage that trains fits the data."""
+        """A stage that trains fits the data, and the processes."""
+        distillation = stage.tune.distillation.weight
+        self.engine.require_even_passes(stage.name, key, distillation, stage.max_batch_memory_gb)
         known = [source.name for source in self.data.sources]
         instead = "max_steps: 0 leaves the stage out"
         for source in stage.sources or []:

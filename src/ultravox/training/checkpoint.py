@@ -24,6 +24,7 @@ from ultravox.files import atomic_folder, sha256_file
 
 FORMAT_VERSION = 1
 FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
+MANIFEST = "manifest.json"
 
 
 @dataclass(slots=True)
@@ -47,12 +48,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / name)
         (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=1))
         hashes = {name: sha256_file(temporary / name) for name in FILES}
-        (temporary / "manifest.json").write_text(json.dumps({"version": FORMAT_VERSION, "sha256": hashes}, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps({"version": FORMAT_VERSION, "sha256": hashes}, indent=1))
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read and verify a checkpoint. CheckpointError names the file that is missing, damaged or of another version."""
-    manifest = _read_json(folder / "manifest.json")
+    manifest = _read_json(folder / MANIFEST)
     if manifest.get("version") != FORMAT_VERSION:
         raise CheckpointError(f"{folder} has format version {manifest.get('version')}, expected {FORMAT_VERSION}")
     hashes = manifest.get("sha256") or {}
@@ -91,12 +92,12 @@ def list_checkpoints(run_dir: Path, stages: Sequence[str]) -> list[Path]:
     return [folder for _, _, folder in sorted(found)]
 
 
-def remove_old_checkpoints(run_dir: Path, stages: Sequence[str], keep: int = 2) -> None:
-    """Keep the newest `keep`, and clear what a killed process left behind.
+def remove_checkpoints(run_dir: Path, folders: Sequence[Path]) -> None:
+    """Remove these, and what a killed process left behind.
 
     A folder is renamed before its files go, so that no half-deleted one can be taken for a checkpoint.
     """
-    for folder in list_checkpoints(run_dir, stages)[:-keep]:
+    for folder in folders:
         doomed = folder.with_name(f".{folder.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
@@ -115,11 +116,13 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def random_state_of(state: Mapping[str, Any], rank: int, world_size: int) -> dict[str, Any] | None:
-    """A rank's random state in a checkpoint's; None where that was saved by another number of ranks, but for rank 0."""
-    others = state.get("random_of_other_ranks", [])
+def state_of_rank(state: Mapping[str, Any], rank: int, world_size: int) -> dict[str, Any] | None:
+    """Random state, stream and position of a rank; None where other numbers of ranks saved them, but for rank 0."""
+    others = state.get("other_ranks", [])
     if rank == 0:
-        return state["random"]
+        loop = state["loop"]
+        position = [loop["epoch"], loop["window"], loop["batch"]]
+        return {"random": state["random"], "stream": state["stream"], "position": position}
     return others[rank - 1] if len(others) + 1 == world_size else None
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end training after the step in hand, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end training after the step in hand, with a checkpoint."""
 
 import signal
 import threading
@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+#: Ctrl-C (exit code 130), a cluster that ends a job (143), and one that warns of it (138).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class TrainingInterrupted(Exception):
-    """Training stopped on a signal, after saving; the exit code is 128 + the signal: 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """Training stopped on a signal, after saving; the exit code is 128 + the signal: see `SIGNALS`."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(
@@ -36,12 +39,12 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM while the block runs. Outside the main thread: do nothing."""
+    """Catch `SIGNALS` while the block runs. Outside the main thread: do nothing."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, request.handle) for number in SIGNALS}
     try:
         yield request
     finally:

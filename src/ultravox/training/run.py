@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.fast import use_fast_kernels
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
+from ultravox.training.checkpoint_store import CheckpointStore, download_newest, require_store
 from ultravox.training.engines.base import Engine, describe
 from ultravox.training.engines.factory import build_engine
 from ultravox.training.engines.ranks import in_turn
@@ -69,7 +71,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 
     Raises:
         ConfigError: the folder holds a run, and neither `resume` nor `overwrite` is set; or no checkpoint to resume.
-        TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint was saved.
+        TrainingInterrupted: on Ctrl-C, SIGTERM or SIGUSR1, after a checkpoint was saved.
         UltravoxError: whatever in the configuration, the data or a checkpoint does not fit.
     """
     with build_engine(config.engine) as engine:
@@ -81,15 +83,20 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
     begin = time.monotonic()
     run_dir = Path(config.run_dir)
     names = [stage.name for stage in config.stages]
-    if resume and not checkpoints.list_checkpoints(run_dir, names):
-        instead = "begin with --overwrite" if (run_dir / "config.yaml").is_file() else "leave out --resume to begin"
-        raise ConfigError(f"{run_dir} holds no checkpoint of these stages to go on from: {instead}")
+    upload = config.checkpoints.upload
     with ExitStack() as stack:
         # 1. One run per run folder
         if engine.is_main:
+            if resume and upload is None:
+                _require_checkpoint(run_dir, names)
             lock(run_dir, stack)
             if not resume:
                 require_free(run_dir, overwrite=overwrite)
+            if upload is not None:
+                require_store(upload)
+                if resume and not checkpoints.list_checkpoints(run_dir, names):
+                    download_newest(upload, run_dir, names)
+                    _require_checkpoint(run_dir, names)
         found = engine.gather(checkpoints.list_checkpoints(run_dir, names))[0]
         start = checkpoints.load_checkpoint(found[-1]) if resume else None
         if start is not None:
@@ -129,16 +136,18 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
             drop_rows_after(run_dir / "log.jsonl", names, *where)
         engine.gather(None)  # nobody writes before the folder is clear
         stop = stack.enter_context(stop_on_signals())
+        store = stack.enter_context(CheckpointStore.from_config(run_dir, names, config.checkpoints))
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
-                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop, engine)
+                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop, engine, store)
                 _run_stage(context, start if index == first else None)
 
         if start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1]):
             tell(finished_text(run_dir, [(stage.name, stage.max_steps) for stage in config.stages]))
             return run_dir
 
+        store.join()
         # 5. The model as others read it, then the summary, which says that the run is whole
         state = {name: whole(value) for name, value in model.state_dict().items()} if engine.is_sharded else None
         if engine.is_main:
@@ -147,6 +156,12 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
             summary = {**run_summary(run, data, begin), "engine": describe(engine)}
             atomic_write(run_dir / "train.json", json.dumps(summary, indent=2) + "\n")
     return run_dir
+
+
+def _require_checkpoint(run_dir: Path, names: Sequence[str]) -> None:
+    if not checkpoints.list_checkpoints(run_dir, names):
+        instead = "begin with --overwrite" if (run_dir / "config.yaml").is_file() else "leave out --resume to begin"
+        raise ConfigError(f"{run_dir} holds no checkpoint of these stages to go on from: {instead}")
 
 
 def _prepare(config: RunConfig, engine: Engine, model: Any, processor: Any) -> SpeechData:
@@ -170,6 +185,7 @@ class _Stage:
     begin: float
     stop: StopRequest
     engine: Engine
+    store: CheckpointStore
 
     @property
     def run_dir(self) -> Path:
@@ -182,8 +198,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     done = next((summary for summary in run.finished if summary["name"] == stage.name), None)
     seed_everything(config.seed, stage.name)
     matmul = MatmulRate() if stage.objective == "tune" and done is None and engine.is_main else None
-    task = TASKS[stage.objective](context.model, context.processor, context.data, stage, config.seed)
-    task.is_sharded = engine.is_sharded
+    task = _make_task(context)
     if task.left_out and done is None:
         text = (
             f"stage {stage.name}: {len(task.left_out)} versions of {len(set(task.left_out))} clips have no transcript, "
@@ -207,20 +222,12 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         seed_everything(config.seed, f"{stage.name}, rank {engine.rank}")  # dropout of its own
     state = LoopState()
     if start is not None:
-        task.load_trainable_state(start.trainable)
-        optimizer.load_state_dict(start.optimizer)
-        if (random_state := checkpoints.random_state_of(start.state, engine.rank, engine.world_size)) is not None:
-            checkpoints.restore_random_state(random_state)
-        where = checkpoints.checkpoint_folder(context.run_dir, stage.name, start.state["step"])
-        order = {stage.name: task.order.fingerprint}
-        require_same({stage.name: start.state["order"]}, order, "the order of the data", where)
-        state = LoopState(**start.state["loop"])
+        state = _restore(context, task, optimizer, start, goes_on=done is None)
     if done is not None:
         return  # the checkpoint is that of the stage's end
-    if start is not None:
-        task.go_to(_position(state), start.state["stream"])
 
     last: dict[str, float] = {}
+    evaluated: dict[int, dict[str, float]] = {}
 
     def save(state: LoopState) -> None:
         if state.step == stage.max_steps:
@@ -228,14 +235,68 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
             tell_mixture(stage.name, run.finished[-1]["mixture"])
             if engine.is_main:
                 save_head(context.run_dir, stage.name, task)
-        content = _checkpoint_content(context, task, state)
+        content = {**_checkpoint_content(context, task, state), "metrics": evaluated.get(state.step, {})}
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
         if engine.is_main:
-            folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
-            checkpoints.save_checkpoint(folder, checkpoint)
-            checkpoints.remove_old_checkpoints(context.run_dir, [s.name for s in config.stages])
+            context.store.save(stage.name, state.step, checkpoint)
 
-    settings = LoopSettings(
+    loader = _loader(context, task)
+    release_freed_memory()  # what the stage before has left
+    keep_freed_memory()
+    with ExitStack() as stack:
+        stack.enter_context(killed_workers_explained())
+        watchers = watch_stage(config, stage, context.data, engine, state, last, evaluated, stack)
+        callbacks = [*watchers, *([MatmulSamples(matmul)] if matmul else [])]
+        run_stage(
+            task,
+            optimizer,
+            _loop_settings(stage),
+            lambda at: loader.steps(_position(at)),
+            state=state,
+            callbacks=callbacks,
+            save=save,
+            stop=context.stop,
+            engine=engine,
+        )
+
+
+def _make_task(context: _Stage) -> SpeechTask:
+    stage = context.stage
+    task = TASKS[stage.objective](context.model, context.processor, context.data, stage, context.config.seed)
+    task.is_sharded = context.engine.is_sharded
+    return task
+
+
+def _restore(
+    context: _Stage, task: SpeechTask, optimizer: Optimizer, start: checkpoints.Checkpoint, *, goes_on: bool
+) -> LoopState:
+    """Put a stage to where a checkpoint in it stands, on this rank; its data too, if it `goes_on`.
+
+    Raises:
+        CheckpointError: it does not fit, or a stream was dealt to another number of ranks.
+    """
+    engine, stage, saved = context.engine, context.stage, start.state
+    where = checkpoints.checkpoint_folder(context.run_dir, stage.name, saved["step"])
+    task.load_trainable_state(start.trainable)
+    optimizer.load_state_dict(start.optimizer)
+    mine = checkpoints.state_of_rank(saved, engine.rank, engine.world_size)
+    if mine is not None:
+        checkpoints.restore_random_state(mine["random"])
+    require_same({stage.name: saved["order"]}, {stage.name: task.order.fingerprint}, "the order of the data", where)
+    state = LoopState(**saved["loop"])
+    if context.config.data.streaming:
+        ranks = {"ranks": 1 + len(saved.get("other_ranks", []))}
+        require_same(ranks, {"ranks": engine.world_size}, "the number of processes that share the streams", where)
+        assert mine is not None
+        state.epoch, state.window, state.batch = mine["position"]
+    if goes_on:
+        task.go_to(_position(state), saved["stream"] if mine is None else mine["stream"])
+    return state
+
+
+def _loop_settings(stage: StageConfig) -> LoopSettings:
+    optim = stage.optim
+    return LoopSettings(
         stage=stage.name,
         max_steps=stage.max_steps,
         warmup_steps=optim.warmup_steps,
@@ -246,35 +307,19 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         checkpoint_every=stage.checkpoint_every,
         measure_every=stage.log_every,
     )
-    loader = _loader(context, task)
-    release_freed_memory()  # what the stage before has left
-    keep_freed_memory()
-    with ExitStack() as stack:
-        stack.enter_context(killed_workers_explained())
-        watchers = watch_stage(config, stage, context.data, engine, state, last, stack)
-        callbacks = [*watchers, *([MatmulSamples(matmul)] if matmul else [])]
-        run_stage(
-            task,
-            optimizer,
-            settings,
-            lambda at: loader.steps(_position(at)),
-            state=state,
-            callbacks=callbacks,
-            save=save,
-            stop=context.stop,
-            engine=engine,
-        )
 
 
 def _checkpoint_content(context: _Stage, task: SpeechTask, state: LoopState) -> dict[str, Any]:
     """All of a checkpoint that is not a tensor."""
     config, run, deciding = context.config, context.run, deciding_keys(context.config)
+    position = _position(state)
+    mine = {"random": checkpoints.random_state(), "stream": task.stream_state(position), "position": list(position)}
+    of_ranks = context.engine.gather(mine)
     return {
         "stage": context.stage.name,
         "step": state.step,
         "loop": state.to_json(),
-        "random": (random_states := context.engine.gather(checkpoints.random_state()))[0],
-        "random_of_other_ranks": random_states[1:],
+        "random": of_ranks[0]["random"],
         "resolved_config": config.model_dump(mode="json"),
         "config": deciding,
         "config_sha256": hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest(),
@@ -282,7 +327,8 @@ def _checkpoint_content(context: _Stage, task: SpeechTask, state: LoopState) -> 
         "data": context.data.fingerprints,
         "sizes": context.data.sizes,
         "order": task.order.fingerprint,
-        "stream": task.stream_state(_position(state)),
+        "stream": of_ranks[0]["stream"],
+        "other_ranks": of_ranks[1:],
         "memory": None if task.memory is None else task.memory.to_json(),
         "run": {
             "seconds": run.seconds + time.monotonic() - context.begin,

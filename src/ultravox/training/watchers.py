@@ -22,14 +22,16 @@ from ultravox.training.trainer import LoopState
 class _Last:
     """Remembers the last loss and evaluation, for the summary."""
 
-    def __init__(self, values: dict[str, float]) -> None:
-        self.values = values
+    def __init__(self, values: dict[str, float], evaluated: dict[int, dict[str, float]]) -> None:
+        self.values, self.evaluated = values, evaluated
 
     def on_step(self, record: Any) -> None:
         self.values["loss"] = record.loss
 
     def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         self.values.update(metrics)
+        self.evaluated.clear()
+        self.evaluated[step] = metrics
 
 
 def watch_stage(
@@ -39,12 +41,13 @@ def watch_stage(
     engine: Engine,
     state: LoopState,
     last: dict[str, float],
+    evaluated: dict[int, dict[str, float]],
     stack: ExitStack,
 ) -> Sequence[Any]:
     """The callbacks of one stage on one rank; `stack` closes each, also when the next one cannot be made.
 
     The main rank writes the logs; each one says which examples it had, if that is asked for. `last` gets the last loss
-    and evaluation.
+    and evaluation, `evaluated` the last evaluation by its step.
     """
     run_dir = Path(config.run_dir)
     callbacks: list[Any] = []
@@ -60,7 +63,7 @@ def watch_stage(
         names = [source_key(source) for source in data.sources]
         add(StepSamples(log, names, streamed=config.data.streaming))
     if not engine.is_main:
-        return callbacks
+        return [*callbacks, _Last(last, evaluated)]
     add(JsonLinesLog(run_dir / "log.jsonl", stage.log_every, state.seconds))
     if config.logging.tensorboard:
         if tensorboard_is_installed():
@@ -69,4 +72,4 @@ def watch_stage(
         else:
             Console(stderr=True).print("TensorBoard is not installed: no tensorboard/ is written; log.jsonl is")
     add(TerminalProgress(stage.name, stage.max_steps, stage.log_every, elapsed_seconds=state.seconds))
-    return [*callbacks, _Last(last)]
+    return [*callbacks, _Last(last, evaluated)]

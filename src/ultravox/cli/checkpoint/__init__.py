@@ -1,0 +1,1 @@
+"""The actions of ``ultravox checkpoint``: one file each, with HELP, add_arguments and run like a command."""

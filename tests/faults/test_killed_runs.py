@@ -1,0 +1,169 @@
+"""A run that is killed (no clean-up runs) goes on from a verified checkpoint: at each write point, and at any time."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy_task import Recorder, ToyTask, toy_optimizer
+
+import ultravox.files
+import ultravox.training.checkpoint as module
+from ultravox.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, random_state
+from ultravox.training.checkpoint import restore_random_state as restore
+from ultravox.training.checkpoint_store import CheckpointStore
+from ultravox.training.trainer import LoopSettings, LoopState, run_stage
+
+STEPS = 12
+WRITE_POINTS = {
+    "before the temporary folder": ("mkdtemp", 1, False),
+    "after the temporary folder": ("mkdtemp", 1, True),
+    "before the weights": ("save_file", 1, False),
+    "after the weights": ("save_file", 1, True),
+    "before the optimizer": ("save_file", 2, False),
+    "after the optimizer": ("save_file", 2, True),
+    "before the state": ("write_text", 1, False),
+    "after the state": ("write_text", 1, True),
+    "before the first hash": ("sha256_file", 1, False),
+    "before the last hash": ("sha256_file", 3, False),
+    "before the manifest": ("write_text", 2, False),
+    "after the manifest": ("write_text", 2, True),
+    "before the first fsync": ("fsync", 1, False),
+    "between fsyncs": ("fsync", 3, False),
+    "after the folder's fsync": ("fsync", 5, True),
+    "before the rename": ("replace", 1, False),
+    "after the rename": ("replace", 1, True),
+    "after the parent's fsync": ("fsync", 6, True),
+    "before an old one is renamed": ("rename", 1, False),
+    "after an old one is renamed": ("rename", 1, True),
+    "before an old one's files go": ("rmtree", 1, False),
+    "after an old one's files are gone": ("rmtree", 1, True),
+}
+
+
+def run(folder: Path, state: LoopState | None = None, at_step=lambda step: None) -> tuple[ToyTask, list[float]]:
+    """Train to the end, from a checkpoint if there is one; a checkpoint after each step."""
+    task = ToyTask(num_examples=64)
+    optimizer = toy_optimizer(task)
+    recorder = Recorder()
+    torch.manual_seed(5)
+    if found := list_checkpoints(folder, ["toy"]):
+        checkpoint = load_checkpoint(found[-1])
+        task.load_trainable_state(checkpoint.trainable)
+        optimizer.load_state_dict(checkpoint.optimizer)
+        restore(checkpoint.state["random"])
+        state = LoopState(**checkpoint.state["loop"])
+    settings = LoopSettings(stage="toy", max_steps=STEPS, checkpoint_every=1)
+    with CheckpointStore(folder, ["toy"]) as store:
+
+        def save(state: LoopState) -> None:
+            at_step(state.step)
+            content = {"loop": state.to_json(), "random": random_state()}
+            store.save("toy", state.step, Checkpoint(task.trainable_state(), optimizer.state_dict(), content))
+
+        run_stage(task, optimizer, settings, task.load, state=state, callbacks=[recorder], save=save)
+    return task, recorder.losses
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def in_child(work) -> int:
+    """Run it in a process of its own; its exit status, negative = killed by that signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def kill_at(name: str, call: int, after: bool):
+    """From here on, this process is killed in a call of that name, the first of which is 1."""
+    owners = {
+        "mkdtemp": (ultravox.files.tempfile, "mkdtemp"),
+        "save_file": (module, "save_file"),
+        "write_text": (Path, "write_text"),
+        "sha256_file": (module, "sha256_file"),
+        "fsync": (os, "fsync"),
+        "replace": (os, "replace"),
+        "rename": (Path, "rename"),
+        "rmtree": (shutil, "rmtree"),
+    }
+    owner, attribute = owners[name]
+    real, calls = getattr(owner, attribute), 0
+
+    def die(*args, **kwargs):
+        nonlocal calls
+        if name == "rmtree" and "removed" not in str(args[0]):
+            return real(*args, **kwargs)
+        if name == "rmtree" and not Path(args[0]).exists():
+            return real(*args, **kwargs)
+        calls += 1
+        if calls == call and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, attribute, die)
+
+
+def verify_and_finish(folder, whole, at_least):
+    """The newest checkpoint is sound, and from it the run ends as if nothing had been."""
+    found = list_checkpoints(folder, ["toy"])
+    assert found
+    for checkpoint in found:
+        load_checkpoint(checkpoint)  # all that are listed are whole
+    step = int(found[-1].name.rpartition("-")[2])
+    assert step >= at_least
+    task, losses = run(folder)
+    assert losses == whole[1][step:]
+    assert all(torch.equal(a, b) for a, b in zip(task.model.parameters(), whole[0].model.parameters(), strict=True))
+    assert not list((folder / "checkpoints").glob(".*")), "nothing is left of what was half done"
+    return step
+
+
+@pytest.mark.parametrize("point", WRITE_POINTS)
+def test_killed_at_a_write_point(tmp_path, whole, point):
+    def work():
+        run(tmp_path, at_step=lambda step: step == 5 and kill_at(*WRITE_POINTS[point]))
+
+    assert in_child(work) == -signal.SIGKILL, "the point was reached"
+    verify_and_finish(tmp_path, whole, at_least=3)
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_killed_at_any_time(tmp_path, whole, trial):
+    wait = random.Random(trial).uniform(0.0, 0.35)
+
+    def work():
+        def at_step(step):
+            if step > 2:
+                time.sleep(0.06)  # so that the kill comes before the end
+
+        run(tmp_path, at_step=at_step)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    while len(list_checkpoints(tmp_path, ["toy"])) < 2:
+        time.sleep(0.001)
+    time.sleep(wait)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if list_checkpoints(tmp_path, ["toy"])[-1].name == f"toy-{STEPS:06d}":
+        pytest.fail("the run was over before it was killed")
+    verify_and_finish(tmp_path, whole, at_least=1)
