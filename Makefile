@@ -14,6 +14,9 @@ RUN := runs/quickstart
 export PYTHONUNBUFFERED := 1
 # Two processes of one thread each take little more than half the time of one process of two.
 TEST_PROCESSES ?= 2
+# What no test can ask for: SkyPilot takes 430 MB and wants another click than huggingface-hub does. To test with it as well,
+# install it into an environment of its own: make test ULTRAVOX_SKYPILOT_PYTHON=/path/to/its/python
+export ULTRAVOX_WITHOUT ?= skypilot
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18

@@ -208,3 +208,32 @@ def test_what_would_hang_is_refused_before_anything_loads(parts, tmp_path, capsy
     assert main(["train", str(config), "--engine.kind", "fsdp2", *more]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def stream_config(parts, shards, folder, name):
+    from test_streaming_run import stream_config
+
+    content = stream_config(parts, shards, folder / name, accumulation_steps=2).model_dump(mode="json")
+    content["stages"][0] |= {"max_steps": 40, "evaluate_every": 0}
+    path = folder / f"{name}.yaml"
+    path.write_text(dump_config(RunConfig.model_validate(content)))
+    return path
+
+
+def test_a_stream_goes_on_with_as_many_ranks_alone(parts, tmp_path):
+    """Each rank reads shards of its own, and goes on where it was; another number of them is refused."""
+    from test_streaming_run import write_shards
+
+    shards = write_shards(parts[1], tmp_path / "shards")
+    train_well(stream_config(parts, shards, tmp_path, "whole"), 2)
+    config = stream_config(parts, shards, tmp_path, "run")
+    for code, output in stop_at(start(["-m", "ultravox", "train", str(config)], 2), tmp_path / "run", 8, 1):
+        assert code == 143, output
+    ((code, output),) = train(config, 1, "--resume")
+    assert code == 2
+    assert "the number of processes that share the streams differs: ranks was 2, is 1" in output
+    train_well(config, 2, "--resume")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert samples(tmp_path / "run") == samples(tmp_path / "whole")
+    ids = samples(tmp_path / "whole")
+    assert len(ids) == 40

@@ -32,6 +32,7 @@ COMMANDS = {
     "models": "list the bundled models, or fetch some",
     "data": "fetch, look into and prepare training data",
     "checkpoint": "look into training checkpoints, verify or average them, make models of them",
+    "azureml": "write and send AzureML jobs that train",
 }
 
 #: Commands that are a group of actions, each with a file of its own in the folder of the command's name.
@@ -50,6 +51,10 @@ ACTIONS = {
         "verify": "hold their files against their hashes",
         "average": "one model of several checkpoints",
         "convert": "the model of one checkpoint",
+    },
+    "azureml": {
+        "render": "write a job file for a run's config",
+        "submit": "check a job file and send it",
     },
 }
 

@@ -1,0 +1,1 @@
+"""The actions of ``ultravox azureml``: one file each, and what both ask of a job file."""
