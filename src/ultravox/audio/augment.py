@@ -41,25 +41,27 @@ def augment_frames(
     Returns: `frames`; masked places are 0.
     """
     num_clips, num_frames, num_channels = frames.shape
+    device = frames.device  # numbers are drawn on the CPU, so that they are the same everywhere
     if noise_std > 0:
-        keep = (torch.arange(num_frames) < lengths[:, None])[:, :, None]
-        noise = torch.randn(frames.shape, generator=generator, dtype=frames.dtype)
+        keep = (torch.arange(num_frames, device=device) < lengths[:, None])[:, :, None]
+        noise = torch.randn(frames.shape, generator=generator, dtype=frames.dtype).to(device)
         power = (frames.detach().square() * keep).sum((1, 2), keepdim=True) / (lengths[:, None, None] * num_channels)
         frames.add_(noise * keep * (power.sqrt() * noise_std))
     if time_masks > 0 and max_time_mask_frames > 0:
+        lengths = lengths.cpu()
         widest = torch.minimum(torch.tensor(float(max_time_mask_frames)), lengths * max_time_mask_share / time_masks)
         width = _widths(widest, time_masks, generator)
         start = torch.rand(width.shape, generator=generator) * (lengths[:, None] - width + 1)
         place = torch.arange(num_frames) - start.floor()[:, :, None]
         mask = ((place >= 0) & (place < width[:, :, None])).any(dim=1)
-        frames.masked_fill_(mask[:, :, None], 0.0)
+        frames.masked_fill_(mask[:, :, None].to(device), 0.0)
     if channel_masks > 0 and max_channel_mask_share > 0:
         widest = torch.full((num_clips,), max_channel_mask_share * num_channels)
         # Channels have no ends: spans wrap around, so that each channel is masked as often as any other.
         start = torch.randint(num_channels, (num_clips, channel_masks, 1), generator=generator)
         width = _widths(widest, channel_masks, generator)
         mask = ((torch.arange(num_channels) - start) % num_channels < width[:, :, None]).any(dim=1)
-        frames.masked_fill_(mask[:, None, :], 0.0)
+        frames.masked_fill_(mask[:, None, :].to(device), 0.0)
     return frames
 
 

@@ -309,6 +309,7 @@ class RunConfig(Section):
     stages: list[StageConfig] = Field(min_length=1, description="the stages of training, in order")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="measuring")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="logs")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train; auto = a GPU, if any")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="processes")
     checkpoints: CheckpointsConfig = Field(default_factory=CheckpointsConfig, description="checkpoints")
 

@@ -90,6 +90,10 @@ class TokenBatch:
     num_tokens: int
     """Without padding."""
 
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same on a device."""
+        return TokenBatch(self.input_ids.to(device), self.labels.to(device), self.mask.to(device), self.num_tokens)
+
 
 def expand_audio(
     row_id: str, input_ids: np.ndarray, mask: np.ndarray, audio_token_id: int, num_tokens: Sequence[int]

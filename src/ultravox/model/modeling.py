@@ -113,7 +113,7 @@ class UltravoxModel(PreTrainedModel, GenerationMixin):
         """
         trains = any(parameter.requires_grad for parameter in self.audio_tower.parameters())
         with nullcontext() if trains else torch.no_grad():
-            return self.audio_tower(audio_values, audio_lens)
+            return self.audio_tower(audio_values.to(self.device), audio_lens.to(self.device))
 
     def project(
         self, frames: Float[Tensor, "clip frame hidden"], frame_lengths: Int[Tensor, " clip"]

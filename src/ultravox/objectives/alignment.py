@@ -42,11 +42,12 @@ class CtcAlignment(nn.Module):
         """
         super().__init__()
         self.embedding_scale = embedding_scale
+        token_ids = token_ids.to(embedding.device)
         rows = embedding.detach()[token_ids].float() * embedding_scale
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("token_ids", token_ids.clone(), persistent=False)
-        row_of_token = torch.full((embedding.shape[0],), -1, dtype=torch.long)
-        row_of_token[token_ids] = torch.arange(len(token_ids)) + 1  # row 0 is the blank
+        row_of_token = torch.full((embedding.shape[0],), -1, dtype=torch.long, device=token_ids.device)
+        row_of_token[token_ids] = torch.arange(len(token_ids), device=token_ids.device) + 1  # row 0 is the blank
         self.register_buffer("row_of_token", row_of_token, persistent=False)
         self.register_buffer("variance", rows.var(), persistent=False)
         self.match_weight = match_weight
@@ -64,9 +65,10 @@ class CtcAlignment(nn.Module):
             embedding: the table that the constructor was given.
             token_ids: each once, [token].
         """
+        token_ids = token_ids.to(self.row_of_token.device)
         new = token_ids[self.row_of_token[token_ids] < 0]
         if len(new):
-            self.row_of_token[new] = torch.arange(len(new)) + 1 + len(self.token_ids)
+            self.row_of_token[new] = torch.arange(len(new), device=new.device) + 1 + len(self.token_ids)
             self.token_ids = torch.cat([self.token_ids, new])
             self.rows = torch.cat([self.rows, embedding.detach()[new].float() * self.embedding_scale])
 
@@ -76,9 +78,9 @@ class CtcAlignment(nn.Module):
         Raises:
             DataError: a token that was not among those given to the constructor.
         """
-        rows = self.row_of_token[token_ids]
+        rows = self.row_of_token[token_ids.to(self.row_of_token.device)]
         if bool((rows < 0).any()):
-            unknown = token_ids[rows < 0][:5].tolist()
+            unknown = token_ids[(rows < 0).cpu()][:5].tolist()
             raise DataError(f"transcript tokens {unknown} are not among the alignment's {len(self.token_ids)} tokens")
         return rows
 
@@ -101,7 +103,7 @@ class CtcAlignment(nn.Module):
             the sum over clips of CTC + weighted matching, the CTC part alone, and the count to divide by (target
             tokens).
         """
-        valid = torch.arange(audio_embeddings.shape[1]) < token_lengths[:, None]
+        valid = torch.arange(audio_embeddings.shape[1], device=token_lengths.device) < token_lengths[:, None]
         flat = audio_embeddings[valid]
         log_probs_flat = F.log_softmax(self.scores(flat), dim=-1)
         log_probs = log_probs_flat.new_zeros(*valid.shape, log_probs_flat.shape[-1])

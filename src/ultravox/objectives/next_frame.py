@@ -80,7 +80,7 @@ class NextFrame(nn.Module):
         if self.num_negatives is None:
             of = targets[meant]
             return self._distance(predicted, of), self._distance(targets[said], of), len(said)
-        drawn = torch.randint(len(targets) - 1, (len(said), self.num_negatives), generator=generator)
+        drawn = torch.randint(len(targets) - 1, (len(said), self.num_negatives), generator=generator).to(meant.device)
         others = drawn + (drawn >= meant[:, None])  # any position but the right one
         found, copied = (self._contrast(guess, targets, meant, others) for guess in (predicted, targets[said]))
         return found, copied, len(said)

@@ -45,7 +45,7 @@ class AlignTask(SpeechTask):
             stage.align.match_weight,
             embedding_scale=model.embedding_scale(),
             head=None if shared is None else (shared.blank, shared.log_scale),
-        )
+        ).to(model.device)
         self.extra = self.alignment if shared is None else None
 
     def _select(self, examples: ExampleTable) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
@@ -76,6 +76,7 @@ class AlignTask(SpeechTask):
         embeddings, token_lengths = self.audio_embeddings(batch, augmented=True)
         targets = [self.alignment.targets(torch.from_numpy(transcript)) for transcript in batch.transcripts]
         target_lengths = torch.tensor([len(target) for target in targets])
+        target_lengths = target_lengths.to(self.model.device)
         total, ctc, count = self.alignment.loss(embeddings.float(), token_lengths, torch.cat(targets), target_lengths)
         num_tokens = int(token_lengths.sum())
         return LossOutput(total, float(count), batch.audio_seconds, num_tokens, {"ctc": ctc.item()})

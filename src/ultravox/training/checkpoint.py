@@ -106,13 +106,14 @@ def remove_checkpoints(run_dir: Path, folders: Sequence[Path]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the three random generators (torch, numpy, python) as JSON."""
+    """The states of the random generators (torch, numpy, python, and the GPU's where one is in use) as JSON."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     return {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
         "numpy": [kind, np.asarray(keys).tobytes().hex(), int(position), int(has_gauss), float(cached).hex()],
         "python": [version, list(words), gauss],
+        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -127,8 +128,10 @@ def state_of_rank(state: Mapping[str, Any], rank: int, world_size: int) -> dict[
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Undo `random_state`."""
+    """Undo `random_state`; on another kind of device than it was saved on, the GPU's generator stays as it is."""
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    if state.get("cuda") is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
     kind, keys, position, has_gauss, cached = state["numpy"]
     words = np.frombuffer(bytes.fromhex(keys), dtype=np.uint32)
     np.random.set_state((kind, words, position, has_gauss, float.fromhex(cached)))

@@ -53,7 +53,7 @@ class Features:
         values, lengths = pad_frames([window for piece in pieces for window in piece])
         with torch.inference_mode():
             frames, frame_lengths = self.model.encode_audio(values.transpose(1, 2), lengths)
-        rows = [row[:length].float().numpy() for row, length in zip(frames, frame_lengths.tolist(), strict=True)]
+        rows = [row[:length].float().cpu().numpy() for row, length in zip(frames, frame_lengths.tolist(), strict=True)]
         found: Iterator[np.ndarray] = iter(rows)
         return [self.slots.join([next(found) for _ in piece]) for piece in pieces]
 
@@ -109,7 +109,7 @@ def module_hash(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     config = getattr(module, "config", None)
     if config is not None:
         content = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}

@@ -9,7 +9,7 @@ from ultravox.files import sha256_file
 from ultravox.model.pretrained import hub_commit, resolve_model
 
 #: Keys that a resumed run may change, since they do not touch its numbers.
-FREE_KEYS = ("run_dir", "logging", "evaluation", "engine", "checkpoints")
+FREE_KEYS = ("run_dir", "logging", "evaluation", "device", "engine", "checkpoints")
 FREE_DATA_KEYS = ("max_cache_gb", "loader")
 FREE_STAGE_KEYS = ("log_every", "evaluate_every", "checkpoint_every")
 

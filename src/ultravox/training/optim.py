@@ -183,7 +183,7 @@ class Optimizer:
             entry = {key: state[f"{name}.{key}"] for key in _MOMENTS if f"{name}.{key}" in state}
             if (moment := entry.get("exp_avg")) is not None and moment.shape != parameter.shape:
                 raise CheckpointError(f"the optimizer state of {name!r} has shape {list(moment.shape)}")
-            entry = {key: part_of_whole(value, parameter).clone() for key, value in entry.items()}
+            entry = {key: part_of_whole(value, parameter).to(master.device, copy=True) for key, value in entry.items()}
             if entry:
                 self._adamw.state[master] = entry
             if f"{name}.master" in state:

@@ -74,7 +74,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         TrainingInterrupted: on Ctrl-C, SIGTERM or SIGUSR1, after a checkpoint was saved.
         UltravoxError: whatever in the configuration, the data or a checkpoint does not fit.
     """
-    with build_engine(config.engine) as engine:
+    with build_engine(config.engine, config.device) as engine:
         return _run_training(config, engine, resume=resume, overwrite=overwrite)
 
 
@@ -106,7 +106,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         # 2. The model; its fresh weights are a function of the seed
         seed_everything(config.seed, "model")
         processor = build_processor(config.model)
-        model = build_model(config.model)
+        model = build_model(config.model).to(engine.device)
         use_fast_kernels(model)
         bases = base_models(config)  # after loading: only then is a hub model's commit known
         if start is not None:
@@ -197,7 +197,8 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     config, stage, run, engine = context.config, context.stage, context.run, context.engine
     done = next((summary for summary in run.finished if summary["name"] == stage.name), None)
     seed_everything(config.seed, stage.name)
-    matmul = MatmulRate() if stage.objective == "tune" and done is None and engine.is_main else None
+    measured = stage.objective == "tune" and done is None and engine.is_main and engine.device.type == "cpu"
+    matmul = MatmulRate() if measured else None
     task = _make_task(context)
     if task.left_out and done is None:
         text = (

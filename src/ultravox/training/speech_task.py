@@ -173,7 +173,7 @@ class SpeechTask(abc.ABC):
         if augmented:
             rate = self.model.audio_tower.frames_per_second
             frames = augment(frames, lengths, self.stage.augment, batch.augment_seed, rate)
-        return self._project(frames, lengths)
+        return self._project(frames.to(self.model.device), lengths.to(self.model.device))
 
     def _project(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         projected: tuple[Tensor, Tensor] = self.model.project(frames, lengths)

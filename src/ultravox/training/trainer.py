@@ -325,7 +325,8 @@ class _Loop:
     def _evaluate(self, state: LoopState, callbacks: Sequence[Callback]) -> None:
         """Look at progress without disturbing training: the random state is put back. Each rank does all of it."""
         start = time.monotonic()
-        with torch.random.fork_rng(devices=[]), self.engine.whole_weights():
+        devices = [self.engine.device] if self.engine.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.engine.whole_weights():
             metrics = self.task.evaluate()
         self.task.train_mode()
         state.evaluation_seconds += time.monotonic() - start

@@ -84,7 +84,7 @@ class TuneTask(SpeechTask):
         }
         modules: dict[str, nn.Module] = {name: module for name, module in heads.items() if module is not None}
         if modules:
-            self.extra, self.keeps_extra = nn.ModuleDict(modules), True
+            self.extra, self.keeps_extra = nn.ModuleDict(modules).to(model.device), True
 
     def _end_of_audio(self) -> EndOfAudio | None:
         options = self.stage.tune.end_of_audio
@@ -150,7 +150,8 @@ class TuneTask(SpeechTask):
 
     def _idle(self) -> Tensor:
         """See `SpeechTask`: one token of zeros."""
-        inputs = self.model.embed(torch.full((1, 1), self.pad_token_id)).detach().requires_grad_()
+        token = torch.full((1, 1), self.pad_token_id, device=self.model.device)
+        inputs = self.model.embed(token).detach().requires_grad_()
         return self.model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum() * 0
 
     @staticmethod
@@ -164,9 +165,9 @@ class TuneTask(SpeechTask):
         """The states at all audio positions, row after row as before the packing, [position, hidden]."""
         flat = (states.tokens.input_ids == self.audio_token_id).reshape(-1).nonzero().squeeze(1)
         slots = states.places.reshape(-1)
-        where = torch.zeros(states.tokens.input_ids.numel(), dtype=torch.long)
+        where = torch.zeros(states.tokens.input_ids.numel(), dtype=torch.long, device=slots.device)
         where[slots[slots >= 0]] = (slots >= 0).nonzero().squeeze(1)
-        return states.hidden.reshape(-1, states.hidden.shape[-1])[where[flat].to(states.hidden.device)]
+        return states.hidden.reshape(-1, states.hidden.shape[-1])[where[flat]]
 
     def _token_losses(
         self, states: "_States", batch: SpeechBatch
@@ -238,7 +239,7 @@ class TuneTask(SpeechTask):
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
             silent=[not whole for whole in batch.whole],
-        )
+        ).to(self.model.device)
 
     def _states(self, batch: SpeechBatch, *, training: bool) -> "_States":
         """The decoder's last states of a batch."""
@@ -293,7 +294,7 @@ class TuneTask(SpeechTask):
         Between the two last: where each token stands in the batch as it was before it was packed, [row, token].
         """
         heard = audio or ()
-        places = torch.arange(tokens.labels.numel()).view(tokens.labels.shape)
+        places = torch.arange(tokens.labels.numel(), device=tokens.labels.device).view(tokens.labels.shape)
         if packer is None:
             # Padding is on the right, where a causal model cannot look from: no mask is needed; attention is faster.
             return self.model.embed(tokens.input_ids, *heard), tokens.labels, places, {}
@@ -329,7 +330,7 @@ class TuneTask(SpeechTask):
             batch.audio_tokens,
             audio_token_id=self.audio_token_id,
             pad_token_id=self.pad_token_id,
-        )
+        ).to(self.model.device)
         inputs = self.model.embed(tokens.input_ids, embeddings, token_lengths)
         order = torch.argsort(tokens.mask.long(), dim=1, stable=True)  # the padding to the left
         inputs = torch.gather(inputs, 1, order[:, :, None].expand_as(inputs))

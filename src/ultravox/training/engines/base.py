@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ class Engine:
     """One process by itself. The others change what differs."""
 
     kind = "single"
+    device = torch.device("cpu")
     rank = 0
     world_size = 1
     is_sharded = False
@@ -59,4 +61,4 @@ class Engine:
 
 def describe(engine: Engine) -> dict[str, Any]:
     """For a run's summary."""
-    return {"kind": engine.kind, "world_size": engine.world_size}
+    return {"kind": engine.kind, "world_size": engine.world_size, "device": engine.device.type}

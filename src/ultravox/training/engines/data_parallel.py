@@ -31,12 +31,14 @@ class DataParallelEngine(Engine):
 
     kind = "ddp"
 
-    def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
+    def __init__(self, ranks: Ranks, timeout_seconds: float, device: torch.device) -> None:
         """Args:
         ranks: the processes.
+        device: of this one.
         timeout_seconds: a step that takes longer ends this process, and so the run.
         """
         self.rank, self.world_size, self._timeout = ranks.rank, ranks.world_size, timeout_seconds
+        self.device = device
 
     def prepare(self, model: nn.Module) -> None:
         """See `Engine`; the replicas must begin alike.

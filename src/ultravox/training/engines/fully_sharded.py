@@ -27,13 +27,15 @@ class FullyShardedEngine(DataParallelEngine):
     kind = "fsdp2"
     is_sharded = True
 
-    def __init__(self, ranks: Ranks, timeout_seconds: float, *, reshard_after_forward: bool = True) -> None:
+    def __init__(
+        self, ranks: Ranks, timeout_seconds: float, device: torch.device, *, reshard_after_forward: bool = True
+    ) -> None:
         """Args:
-        ranks, timeout_seconds: see `DataParallelEngine`.
+        ranks, timeout_seconds, device: see `DataParallelEngine`.
         reshard_after_forward: give a layer's weights back between its forward and backward pass; without it more
             memory is taken and less is sent.
         """
-        super().__init__(ranks, timeout_seconds)
+        super().__init__(ranks, timeout_seconds, device)
         self._reshard = reshard_after_forward
         self._sharded: list[FSDPModule] = []
 
@@ -46,7 +48,7 @@ class FullyShardedEngine(DataParallelEngine):
                 f"{type(model.get_decoder()).__name__} has no list of layers to shard: "  # type: ignore[operator]
                 "choose engine.kind ddp"
             )
-        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (self.world_size,))
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=self._reshard)

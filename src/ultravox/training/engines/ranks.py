@@ -53,14 +53,15 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def process_group(ranks: Ranks, timeout_seconds: float) -> Iterator[None]:
-    """Meet the other processes, for the block: over NCCL where there are GPUs, over gloo otherwise.
+def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float) -> Iterator[None]:
+    """Meet the other processes, for the block: over NCCL on GPUs, over gloo otherwise.
 
     What takes longer than `timeout_seconds` in a collective call is an error on those who wait.
     """
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank)
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
     dist.init_process_group(
         backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(seconds=timeout_seconds)
     )

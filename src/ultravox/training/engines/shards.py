@@ -34,7 +34,7 @@ def part_of_whole(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor, sharded as `like` is. Each rank has the whole: nothing is sent."""
     if not isinstance(like, DTensor) or tensor.dim() != like.dim():
         return tensor
-    sharded = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    sharded = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return sharded.to_local()
 
 
