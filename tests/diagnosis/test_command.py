@@ -126,3 +126,13 @@ def test_a_check_that_breaks_is_a_fault_of_what_it_checks():
     result = ask(Check(16, "breaks", "never", Blame.MODEL, break_down), None)
     assert result.status == "FAIL"
     assert "ZeroDivisionError: by 0" in result.finding.evidence
+
+
+def test_when_no_check_could_be_asked_that_is_the_verdict(parts, tmp_path):
+    from diagnosed import config_of
+
+    from ultravox.diagnosis.run import diagnose
+
+    found = diagnose(config_of(parts, tmp_path), "fresh", numbers=[11, 12])
+    assert found.verdict.startswith("Nothing was looked at")
+    assert "--checkpoint RUN" in found.verdict

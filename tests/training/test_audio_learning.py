@@ -287,6 +287,28 @@ def test_texts_of_several_tokens_and_targets_that_move_are_refused(parts, tmp_pa
     with pytest.raises(ConfigError, match=r"end_of_audio.end_text 'one two' is \d tokens"):
         make_task(config_of(parts, tmp_path, {"end_of_audio": {"variant": "early", "end_text": "one two"}}))
     config = config_of(parts, tmp_path, {"next_frame": {**NEXT["next_frame"], "target": "encoder"}})
-    config.model.train_audio_encoder = True
+    content = config.model_dump(mode="json")
+    content["model"]["train_audio_encoder"] = True
+    with pytest.raises(ValueError, match="needs a frozen audio encoder"):
+        RunConfig.model_validate(content)
+    config.model.train_audio_encoder = True  # one that no file can hold
     with pytest.raises(ConfigError, match="needs a frozen audio encoder"):
         make_task(config)
+
+
+def test_what_a_later_stage_cannot_do_is_found_before_the_first(parts, tmp_path):
+    content = tiny_config(*parts, tmp_path / "run").model_dump(mode="json")
+    content["stages"][1]["tune"] = {"end_of_audio": {"variant": "early", "end_text": "one two"}}
+    with pytest.raises(ConfigError, match=r"end_of_audio.end_text 'one two' is \d tokens"):
+        run_training(RunConfig.model_validate(content))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_the_cross_entropy_is_told_apart_from_what_is_learnt_beside_it(parts, tmp_path):
+    for name, tune in (("head", HEAD), ("next", NEXT), ("late", LATE)):
+        run_training(config_of(parts, tmp_path / name, tune, max_steps=2))
+        for row in (row for row in rows_of(tmp_path / name) if "loss" in row):
+            assert ("cross_entropy" in row) == (name != "late")
+            entropy = row.get("cross_entropy", row["loss"])
+            assert row["perplexity"] == pytest.approx(np.exp(entropy), rel=1e-4)
+            assert name == "late" or row["cross_entropy"] != row["loss"]

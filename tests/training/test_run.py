@@ -496,3 +496,14 @@ def test_matmul_parameters_leave_out_tables_and_adapters(parts):
     add_lora(model, 4, 8.0, ModelConfig().language_model_lora.target_modules)
     assert num_matmul_parameters(model) == plain
     assert plain == sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lora" not in n)
+
+
+def test_a_rate_of_what_does_not_train_is_told(parts, tmp_path, capsys):
+    content = short_config(parts, tmp_path / "run", steps=(1, 1)).model_dump(mode="json")
+    for stage in content["stages"]:
+        stage["optim"]["lr"] = {"projector": 1e-3, "language_model": 1e-3}
+    content["stages"][1]["optim"]["lr"]["audio_encoder"] = 1e-4
+    run_training(type(short_config(parts, tmp_path)).model_validate(content))
+    told = capsys.readouterr().err
+    assert told.count("has no effect") == 1
+    assert "stage tune: optim.lr.audio_encoder is set, but nothing of the audio_encoder trains" in told

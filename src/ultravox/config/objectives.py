@@ -84,6 +84,23 @@ class NextFrameOptions(Section):
     num_negatives: int = Field(50, ge=1, le=10_000, description="contrastive: other frames beside the right one")
     similarity_temperature: float = Field(0.1, gt=0, le=100, description="contrastive: divides the cosine similarities")
 
+    def require_still_target(self, name: str, key: str, encoder_trains: bool) -> None:
+        """Refuse to predict frames that training can make predictable: of an encoder that trains.
+
+        Args:
+            name: of the stage.
+            key: of the stage.
+            encoder_trains: whether anything in the audio encoder does.
+        """
+        if self.weight > 0 and self.target == "encoder" and encoder_trains:
+            raise misfit(
+                f"stage {name!r}: next_frame.target encoder needs a frozen audio encoder: one that trains could make "
+                "all its frames alike, which are easily predicted; set target: log_mel",
+                f"{key}.tune.next_frame.target",
+                "model.train_audio_encoder",
+                "model.audio_encoder_lora.rank",
+            )
+
 
 class TuneOptions(Section):
     """Objective `tune`: next tokens through the language model, and what is learnt beside them."""

@@ -367,6 +367,8 @@ class RunConfig(Section):
                 f"{key}.tune.boundary_share",
                 "model.audio_boundaries",
             )
+        encoder_trains = self.model.train_audio_encoder or self.model.audio_encoder_lora.rank > 0
+        stage.tune.next_frame.require_still_target(stage.name, key, encoder_trains)
         if self.model.projector == "ctc_compressed":
             self._check_unknown_positions(stage, key)
         if self.data.streaming and stage.max_batch_memory_gb is not None:

@@ -152,6 +152,8 @@ class Diagnosis:
             return "No fault found: the audio is used, and the loss still falls. Train on."
         unasked = [result for result in self.results if result.status == Status.SKIP]
         text = f"No fault found in {len(self.results) - len(unasked)} checks."
+        if len(unasked) == len(self.results):
+            text = "Nothing was looked at: none of these checks could be asked."
         if {11, 12} & {result.check.number for result in unasked} and self.checkpoint is None:
             text += " Whether unseen audio is used, only trained weights can tell: --checkpoint RUN."
         return text

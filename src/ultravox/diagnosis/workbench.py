@@ -21,6 +21,7 @@ from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.examples import Example, count_tokens, ctc_tokens
+from ultravox.training.resume import compare
 from ultravox.training.run import TASKS, seed_everything
 from ultravox.training.speech import SpeechData, prepare_speech
 from ultravox.training.speech_task import SpeechTask
@@ -169,6 +170,8 @@ def build_workbench(
         CheckpointError: a checkpoint that is none, or of another model.
         UltravoxError: whatever in the configuration or the data does not fit.
     """
+    stage = next((stage for stage in reversed(config.stages) if stage.objective == "tune"), config.stages[0])
+    saved = None if checkpoint is None else _newest(checkpoint, config, stage)
     on_progress("building the model")
     seed_everything(config.seed, "model")
     processor = build_processor(config.model)
@@ -177,13 +180,14 @@ def build_workbench(
     on_progress("preparing the data")
     prepare = prepare_stream if config.data.streaming else prepare_speech
     data = prepare(config, model, processor)
-    stage = next((stage for stage in reversed(config.stages) if stage.objective == "tune"), config.stages[0])
     plain = plain_stage(stage)
     seed_everything(config.seed, stage.name)
     task = _make_task(config, model, processor, data, plain)
     remove_dropout(model)
-    if checkpoint is not None:
-        _load_weights(task, checkpoint, config, stage)
+    if saved is not None:
+        own = task.trainable_state()  # heads of objectives that are left out here are in the checkpoint alone
+        state = saved.trainable
+        task.load_trainable_state({n: v for n, v in state.items() if n in own or not n.startswith("objective.")})
     task.parameter_groups()
     start = {name: tensor.detach().clone() for name, tensor in task.trainable_state().items()}
     return Workbench(config, model, processor, data, plain, task, checkpoint, start)
@@ -202,8 +206,8 @@ def _make_task(config: RunConfig, model: Any, processor: Any, data: SpeechData, 
     return TASKS[stage.objective](model, processor, data, stage, config.seed)
 
 
-def _load_weights(task: SpeechTask, run: Path, config: RunConfig, stage: StageConfig) -> None:
-    """Weights of a run's newest checkpoint of the stage."""
+def _newest(run: Path, config: RunConfig, stage: StageConfig) -> checkpoints.Checkpoint:
+    """A run's newest checkpoint of the stage, if its model is this configuration's."""
     if not run.is_dir():
         raise CheckpointError(f"{run} is no run folder: expected one that `ultravox train` wrote")
     found = checkpoints.list_checkpoints(run, [stage.name])
@@ -212,9 +216,11 @@ def _load_weights(task: SpeechTask, run: Path, config: RunConfig, stage: StageCo
             f"{run} holds no checkpoint of the stage {stage.name!r}: expected the folder of a run of this "
             "configuration, which keeps its newest checkpoints"
         )
-    state = checkpoints.load_checkpoint(found[-1]).trainable
-    own = task.trainable_state()  # heads of objectives that are left out here are in the checkpoint alone
-    task.load_trainable_state({n: v for n, v in state.items() if n in own or not n.startswith("objective.")})
+    checkpoint = checkpoints.load_checkpoint(found[-1])
+    mine = {"model": config.model.model_dump(mode="json")}
+    for _, text in compare({"model": checkpoint.state["config"]["model"]}, mine):
+        raise CheckpointError(f"{run} is no run of this configuration: {text}; name the file that it was trained with")
+    return checkpoint
 
 
 def _is_plain(example: Example) -> bool:

@@ -14,7 +14,7 @@ HASH = re.compile(r"[0-9a-f]{32,}")
 
 def require_same_config(saved: Mapping[str, Any], current: Mapping[str, Any], folder: Path) -> None:
     """Refuse to resume under another configuration. CheckpointError lists the keys that differ, stages by name."""
-    differences = list(_differences(saved, current, ""))
+    differences = list(compare(saved, current, ""))
     if any(path.endswith(".max_steps") for path, _ in differences):
         remedy = (
             "a run cannot be made longer or shorter, since its learning rates were planned for its steps: restore "
@@ -28,7 +28,7 @@ def require_same_config(saved: Mapping[str, Any], current: Mapping[str, Any], fo
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, folder: Path) -> None:
     """Refuse to resume when something else that decides the run's numbers has changed; CheckpointError says what."""
-    differences = [text for _, text in _differences(saved, current, "")]
+    differences = [text for _, text in compare(saved, current)]
     _refuse(folder, what, differences, "restore it, or start anew in another run_dir")
 
 
@@ -79,7 +79,7 @@ def _refuse(folder: Path, what: str, differences: list[str], remedy: str) -> Non
         raise CheckpointError(f"cannot resume from {folder}: {what} differs: {named}; {remedy}")
 
 
-def _differences(saved: Any, current: Any, path: str) -> Iterator[tuple[str, str]]:
+def compare(saved: Any, current: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Keys that differ, and how."""
     before, now = _as_mapping(saved), _as_mapping(current)
     if before is not None and now is not None:
@@ -90,7 +90,7 @@ def _differences(saved: Any, current: Any, path: str) -> Iterator[tuple[str, str
             elif key not in before:
                 yield inside, f"{inside} is {_shown(now[key])}, was not there"
             else:
-                yield from _differences(before[key], now[key], inside)
+                yield from compare(before[key], now[key], inside)
         common = [[key for key in keys if key in before and key in now] for keys in (before, now)]
         if isinstance(saved, list) and common[0] != common[1]:
             yield path, f"{path} were in the order {', '.join(common[0])}, are in the order {', '.join(common[1])}"

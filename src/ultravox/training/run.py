@@ -37,7 +37,7 @@ from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
-from ultravox.training.preflight import require_transcripts
+from ultravox.training.preflight import idle_rates, require_objectives, require_transcripts
 from ultravox.training.resume import (
     finished_text,
     is_finished,
@@ -108,6 +108,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         processor = build_processor(config.model)
         model = build_model(config.model).to(engine.device)
         use_fast_kernels(model)
+        require_objectives(config, model, processor)
         bases = base_models(config)  # after loading: only then is a hub model's commit known
         if start is not None:
             require_same(start.state["base_models"], bases, "a base model", found[-1])
@@ -126,6 +127,8 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
             run = RunState(**start.state["run"])
             run.feature_cache_seconds += data.cache_report.seconds
         announce(model, data)
+        for stage in config.stages:
+            tell_idle_rates(config, stage)
 
         # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
         if engine.is_main:
@@ -156,6 +159,12 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
             summary = {**run_summary(run, data, begin), "engine": describe(engine)}
             atomic_write(run_dir / "train.json", json.dumps(summary, indent=2) + "\n")
     return run_dir
+
+
+def tell_idle_rates(config: RunConfig, stage: StageConfig) -> None:
+    """Say which of a stage's rates have no effect."""
+    for part in idle_rates(config, stage):
+        tell(f"stage {stage.name}: optim.lr.{part} is set, but nothing of the {part} trains: it has no effect")
 
 
 def _require_checkpoint(run_dir: Path, names: Sequence[str]) -> None:

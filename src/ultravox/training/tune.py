@@ -142,6 +142,9 @@ class TuneTask(SpeechTask):
             rows, output.sum, output.means = self._token_losses(states, batch)
             output.predictions = pool_predictions([count_predictions(*row) for row in rows])
             output.count = output.predictions.num_positions
+            at_positions = self.stage.tune.end_of_audio.variant in ("early", "head") or self.next_frames is not None
+            if self.weights.plain and at_positions:  # the loss is of more than these
+                output.means = {"cross_entropy": (float(output.sum.detach()), output.count)}
         if self.ending is not None and self.stage.tune.end_of_audio.variant != "late":
             self._add(output, self.stage.tune.end_of_audio.weight, self.ending.loss(self._of_audio(states), batch))
         if self.next_frames is not None and hidden is not None:
