@@ -84,7 +84,7 @@ def test_folders_that_are_no_run_of_the_config(run, parts, tmp_path):
         diagnose(config, "none", numbers=[11], checkpoint=tmp_path)
     content = config.model_dump(mode="json")
     content["model"]["language_model_lora"]["rank"] = 2
-    with pytest.raises(CheckpointError, match="language_model_lora.rank was 4, is 2"):
+    with pytest.raises(CheckpointError, match=r"language_model_lora.rank was 4, is 2"):
         diagnose(type(config).model_validate(content), "other", numbers=[11], checkpoint=folder)
 
 

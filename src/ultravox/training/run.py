@@ -135,8 +135,9 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
             if not resume:
                 clear(run_dir)
             atomic_write(run_dir / "config.yaml", dump_config(config))
-            where = (start.state["stage"], start.state["step"]) if start else ()
-            drop_rows_after(run_dir / "log.jsonl", names, *where)
+            drop_rows_after(
+                run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ())
+            )
         engine.gather(None)  # nobody writes before the folder is clear
         stop = stack.enter_context(stop_on_signals())
         store = stack.enter_context(CheckpointStore.from_config(run_dir, names, config.checkpoints))
@@ -156,7 +157,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         if engine.is_main:
             with atomic_folder(run_dir / "model") as folder:
                 save_model(model, processor, folder, state)
-            summary = {**run_summary(run, data, begin), "engine": describe(engine)}
+            summary = run_summary(run, data, begin) | {"engine": describe(engine)}
             atomic_write(run_dir / "train.json", json.dumps(summary, indent=2) + "\n")
     return run_dir
 
