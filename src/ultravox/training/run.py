@@ -83,20 +83,10 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
     begin = time.monotonic()
     run_dir = Path(config.run_dir)
     names = [stage.name for stage in config.stages]
-    upload = config.checkpoints.upload
     with ExitStack() as stack:
         # 1. One run per run folder
         if engine.is_main:
-            if resume and upload is None:
-                _require_checkpoint(run_dir, names)
-            lock(run_dir, stack)
-            if not resume:
-                require_free(run_dir, overwrite=overwrite)
-            if upload is not None:
-                require_store(upload)
-                if resume and not checkpoints.list_checkpoints(run_dir, names):
-                    download_newest(upload, run_dir, names)
-                    _require_checkpoint(run_dir, names)
+            _take_folder(config, names, stack, resume=resume, overwrite=overwrite)
         found = engine.gather(checkpoints.list_checkpoints(run_dir, names))[0]
         start = checkpoints.load_checkpoint(found[-1]) if resume else None
         if start is not None:
@@ -166,6 +156,21 @@ def tell_idle_rates(config: RunConfig, stage: StageConfig) -> None:
     """Say which of a stage's rates have no effect."""
     for part in idle_rates(config, stage):
         tell(f"stage {stage.name}: optim.lr.{part} is set, but nothing of the {part} trains: it has no effect")
+
+
+def _take_folder(config: RunConfig, names: Sequence[str], stack: ExitStack, *, resume: bool, overwrite: bool) -> None:
+    """Keep the run's folder for this run until `stack` closes, with a checkpoint in it if there is to be one."""
+    run_dir, upload = Path(config.run_dir), config.checkpoints.upload
+    if resume and upload is None:
+        _require_checkpoint(run_dir, names)
+    lock(run_dir, stack)
+    if not resume:
+        require_free(run_dir, overwrite=overwrite)
+    if upload is not None:
+        require_store(upload)
+        if resume and not checkpoints.list_checkpoints(run_dir, names):
+            download_newest(upload, run_dir, names)
+            _require_checkpoint(run_dir, names)
 
 
 def _require_checkpoint(run_dir: Path, names: Sequence[str]) -> None:
