@@ -31,6 +31,7 @@ COMMANDS = {
     "chat": "talk with a model over several turns, with recordings in any of them",
     "models": "list the bundled models, or fetch some",
     "data": "fetch, look into and prepare training data",
+    "auth": "check the tokens and keys of other services",
 }
 
 #: Commands that are a group of actions, each with a file of its own in the folder of the command's name.
@@ -43,6 +44,9 @@ ACTIONS = {
         "synthesize": "make a dataset of texts that synthetic voices speak",
         "audit": "whether each example comes as often as asked, in one order for any number of machines",
         "cache": "compute, look at or remove the cached features of frozen encoders",
+    },
+    "auth": {
+        "check": "which tokens and keys are set, and where they come from; never the values",
     },
 }
 
