@@ -72,7 +72,9 @@ def _wandb_netrc(environment: Mapping[str, str]) -> Found | None:
 
 CREDENTIALS = (
     # hf_…, hf_oauth_… of users, api_org_… of organisations, hf_jwt_… with dots
-    Credential("HF_TOKEN", "huggingface", re.compile(r"(hf|api_org)_[\w.-]{20,}"), "hf-access-token", _huggingface_file),
+    Credential(
+        "HF_TOKEN", "huggingface", re.compile(r"(hf|api_org)_[\w.-]{20,}"), "hf-access-token", _huggingface_file
+    ),
     # 40 characters or more, behind a prefix on servers of one's own; or a JWT
     Credential(
         "WANDB_API_KEY",

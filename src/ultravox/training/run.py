@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from ultravox.auth.credentials import exported
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.loader import Loader, killed_workers_explained
@@ -34,7 +35,7 @@ from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
-from ultravox.training.preflight import require_transcripts
+from ultravox.training.preflight import preflight, require_transcripts
 from ultravox.training.progress import TerminalProgress
 from ultravox.training.resume import (
     finished_text,
@@ -50,8 +51,10 @@ from ultravox.training.speech_task import SpeechTask
 from ultravox.training.stream import prepare_stream
 from ultravox.training.summary import RunState, announce, run_summary, stage_summary, tell, tell_mixture
 from ultravox.training.trackers.jsonl import JsonLinesLog, drop_rows_after
+from ultravox.training.trackers.registry import make_tracking
 from ultravox.training.trackers.samples import StepSamples, samples_folder
 from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
+from ultravox.training.trackers.tracking import RunTracking, StageTracking
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
 from ultravox.training.tune import TuneTask
 
@@ -89,6 +92,8 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         if start is not None:
             require_same_config(start.state["config"], deciding_keys(config), found[-1])
 
+        credentials = preflight(config)
+        stack.enter_context(exported(credentials))
         require_transcripts(config)
         # 2. The model; its fresh weights are a function of the seed
         seed_everything(config.seed, "model")
@@ -117,14 +122,17 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
             clear(run_dir)
         atomic_write(run_dir / "config.yaml", dump_config(config))
         drop_rows_after(run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ()))
+        finished = start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1])
+        tracking = make_tracking(config, credentials, resume=resume, is_main=not finished)
+        stack.enter_context(tracking)
         stop = stack.enter_context(stop_on_signals())
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
-                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop)
+                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop, tracking)
                 _run_stage(context, start if index == first else None)
 
-        if start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1]):
+        if finished:
             tell(finished_text(run_dir, [(stage.name, stage.max_steps) for stage in config.stages]))
             return run_dir
 
@@ -148,6 +156,7 @@ class _Stage:
     base_models: dict[str, dict[str, str]]
     begin: float
     stop: StopRequest
+    tracking: RunTracking
 
     @property
     def run_dir(self) -> Path:
@@ -192,6 +201,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         task.go_to(_position(state), start.state["stream"])
 
     last: dict[str, float] = {}
+    tracking = _stage_tracking(context, state)
 
     def save(state: LoopState) -> None:
         if state.step == stage.max_steps:
@@ -202,6 +212,8 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         folder = checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
         checkpoints.save_checkpoint(folder, checkpoint)
+        if config.logging.upload_checkpoints:
+            tracking.on_checkpoint(state.step, folder)
         checkpoints.remove_old_checkpoints(context.run_dir, [s.name for s in config.stages])
 
     settings = LoopSettings(
@@ -220,7 +232,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(killed_workers_explained())
-        callbacks = [*_callbacks(context, state, last, stack), *([MatmulSamples(matmul)] if matmul else [])]
+        callbacks = [*_callbacks(context, state, last, stack), tracking, *([MatmulSamples(matmul)] if matmul else [])]
         run_stage(
             task,
             optimizer,
@@ -231,6 +243,19 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
             save=save,
             stop=context.stop,
         )
+
+
+def _stage_tracking(context: _Stage, state: LoopState) -> StageTracking:
+    """The run's trackers, told of this stage. Their steps go on over the stages."""
+    stages = context.config.stages
+    first_step = sum(stage.max_steps for stage in stages[: stages.index(context.stage)])
+    return StageTracking(
+        context.tracking.started,
+        context.stage.log_every,
+        first_step=first_step,
+        elapsed_seconds=state.seconds,
+        num_transcripts=context.config.logging.num_transcripts,
+    )
 
 
 def _checkpoint_content(context: _Stage, task: SpeechTask, state: LoopState) -> dict[str, Any]:

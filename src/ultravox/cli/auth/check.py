@@ -23,18 +23,22 @@ def run(args: argparse.Namespace) -> int:
     from ultravox.auth.vault import KeyVault
 
     found = find_credentials(vault=KeyVault(args.vault) if args.vault else None)
-    rows = []
-    for credential in CREDENTIALS:
-        one = found.get(credential.variable)
-        valid = None if one is None else is_valid(credential.variable, one)
-        source = None if one is None else one.source
-        rows.append({"name": credential.variable, "set": one is not None, "valid": valid, "source": source})
+    valid = {variable: is_valid(variable, one) for variable, one in found.items()}
+    names = [credential.variable for credential in CREDENTIALS]
+    sources = {variable: one.source for variable, one in found.items()}
     if args.json:
+        rows = [
+            {"name": name, "set": name in found, "valid": valid.get(name), "source": sources.get(name)}
+            for name in names
+        ]
         print(json.dumps({"version": FORMAT_VERSION, "credentials": rows}))
     else:
         from ultravox.cli.names import print_table
 
-        words = {True: "yes", False: "no", None: "-"}
-        table = [(str(row["name"]), words[row["set"]], words[row["valid"]], row["source"] or "-") for row in rows]
+        words = {True: "yes", False: "no"}
+        table = [
+            (name, words[name in found], words[valid[name]] if name in valid else "-", sources.get(name, "-"))
+            for name in names
+        ]
         print_table(("name", "set", "valid in form", "from"), table)
-    return 2 if any(row["valid"] is False for row in rows) else 0
+    return 0 if all(valid.values()) else 2
