@@ -44,9 +44,9 @@ class ClearmlTracker(Tracker):
             self.stack.enter_context(in_environment({name: str(path.resolve()) for name, path in kept.items()}))
         from clearml import Task
 
-        if options.offline:
-            Task.set_offline(True)
-            self.stack.callback(Task.set_offline, False)
+        if Task.is_offline() != options.offline:  # of the whole process, so that an earlier run may have set it
+            Task.set_offline(options.offline)
+        Task.set_random_seed(None)  # else it seeds what the run has seeded
         continued = run_id is not None and not options.offline
         with _signals_kept():
             self._task = Task.init(
