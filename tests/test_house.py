@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "ultravox"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "datasets", "av", "onnxruntime", "piper", "tensorboard", "peft", "scipy"}
+HEAVY |= {"wandb", "mlflow", "clearml", "trackio", "azure", "dotenv"}
 LINKED_HOSTS = {
     "127.0.0.1",
     "arxiv.org",

@@ -73,11 +73,11 @@ def test_the_vault(monkeypatch, capsys):
         return SimpleNamespace(get_secret=lambda name: SimpleNamespace(value=TOKEN if name.startswith("hf") else KEY))
 
     monkeypatch.setattr("ultravox.auth.vault.make_client", client)
-    assert main(["auth", "check", "--vault", "https://v.example.com"]) == 0
+    assert main(["auth", "check", "--vault", "https://example.com/v"]) == 0
     captured = capsys.readouterr()
-    assert asked == ["https://v.example.com"]
+    assert asked == ["https://example.com/v"]
     assert captured.out.count("key vault") == 4
     assert not leaks(captured.out + captured.err)
-    monkeypatch.setenv("AZURE_KEY_VAULT_URL", "http://v.example.com")
+    monkeypatch.setenv("AZURE_KEY_VAULT_URL", "http://example.com/v")
     assert main(["auth", "check"]) == 2
     assert capsys.readouterr().err.startswith("ultravox: error: AZURE_KEY_VAULT_URL must be https")

@@ -1,26 +1,56 @@
-"""A process that trains under trackers, which keep state of their own: `python tracked_run.py CONFIG first|second`.
+"""Runs under trackers; and a process of its own for them, since they keep state: `tracked_run.py CONFIG first|second`.
 
 The first is stopped by Ctrl-C in the middle of `tune`; the second goes on, with a token from a key vault.
 """
 
+import importlib.util
+import json
 import os
 import signal
 import sys
 from types import SimpleNamespace
 
+import pytest
+from tiny_run import tiny_config
+
 STOP_AT = 7
 """Batches of `tune`, two of which are a step."""
 
 
-def stop_in_tune() -> None:
-    """Send this process what Ctrl-C sends."""
+def short_config(parts, run_dir, **logging):
+    """4 steps of `align` and 6 of `tune`."""
+    content = tiny_config(*parts, run_dir).model_dump(mode="json")
+    for stage, steps in zip(content["stages"], (4, 6), strict=True):
+        stage["max_steps"] = steps
+        stage["optim"]["warmup_steps"] = 2
+    content["logging"] |= logging
+    return type(tiny_config(*parts, run_dir)).model_validate(content)
+
+
+def require_trackers(*names):
+    """In CI all of them are installed, and whatever is missing fails the test."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing and not os.environ.get("CI"):
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    assert not missing
+
+
+def logged(run_dir):
+    """`<stage>/<step>` → loss, of log.jsonl."""
+    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return {f"{row['stage']}/{row['step']}": row["loss"] for row in rows if "loss" in row}
+
+
+def watch_tune(stop: bool) -> None:
+    """See that the token is where libraries look; `stop`: send this process what Ctrl-C sends."""
     from ultravox.training.tune import TuneTask
 
     inner, calls = TuneTask.loss, []
 
     def loss(self, batch):
         calls.append(batch)
-        if len(calls) == STOP_AT:
+        print("token", os.environ["HF_TOKEN"][3:8])
+        if stop and len(calls) == STOP_AT:
             os.kill(os.getpid(), signal.SIGINT)
         return inner(self, batch)
 
@@ -39,8 +69,8 @@ if __name__ == "__main__":
     from ultravox.cli.main import main
 
     path, part = sys.argv[1:]
+    watch_tune(stop=part == "first")
     if part == "first":
-        stop_in_tune()
         code = main(["train", path])
     else:
         fake_vault()
