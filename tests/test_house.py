@@ -16,7 +16,8 @@ from ultravox.config.load import describe_keys, dump_config, load_config, parse_
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "ultravox"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = {"torch", "transformers", "datasets", "av", "azure", "onnxruntime", "piper", "tensorboard", "peft", "scipy"}
+HEAVY = {"torch", "transformers", "datasets", "av", "onnxruntime", "piper", "tensorboard", "peft", "scipy"}
+HEAVY |= {"wandb", "mlflow", "clearml", "trackio", "azure", "dotenv"}
 LINKED_HOSTS = {
     "127.0.0.1",
     "arxiv.org",

@@ -33,6 +33,7 @@ COMMANDS = {
     "data": "fetch, look into and prepare training data",
     "checkpoint": "look into training checkpoints, verify or average them, make models of them",
     "azureml": "write and send AzureML jobs that train",
+    "auth": "check the tokens and keys of other services",
 }
 
 #: Commands that are a group of actions, each with a file of its own in the folder of the command's name.
@@ -55,6 +56,9 @@ ACTIONS = {
     "azureml": {
         "render": "write a job file for a run's config",
         "submit": "check a job file and send it",
+    },
+    "auth": {
+        "check": "which tokens and keys are set, and where they come from; never the values",
     },
 }
 

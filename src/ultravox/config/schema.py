@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from ultravox.config.checkpoints import CheckpointsConfig
 from ultravox.config.data import AugmentConfig, DataConfig
 from ultravox.config.engine import EngineConfig
+from ultravox.config.logging import LoggingConfig
 from ultravox.config.objectives import AlignOptions, TuneOptions
 from ultravox.config.section import Beta, Name, Rate, Section, Share, misfit
 
@@ -285,13 +286,6 @@ class EvaluationConfig(Section):
     max_new_tokens: int = Field(64, ge=1, le=4096, description="longest transcript or answer, in tokens")
     num_bootstrap: int = Field(1000, ge=1, le=100_000, description="resamples behind each interval")
     num_progress_clips: int = Field(24, ge=1, description='clips behind the "WER so far" shown while training')
-
-
-class LoggingConfig(Section):
-    """Where progress goes, beside the terminal and `log.jsonl`."""
-
-    tensorboard: bool = Field(True, description="write TensorBoard files, if TensorBoard is installed")
-    samples: bool = Field(False, description="write which example went into which step, for `ultravox data audit RUN`")
 
 
 class RunConfig(Section):

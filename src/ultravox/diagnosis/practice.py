@@ -10,7 +10,7 @@ from ultravox.config.schema import StageConfig
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.optim import Optimizer, ParameterGroup, lr_factor
 from ultravox.training.speech_task import SpeechTask
-from ultravox.training.task import LoadedBatch, LossOutput
+from ultravox.training.task import LoadedBatch, LossOutput, Transcript
 from ultravox.training.trainer import LoopSettings, LoopState, StepRecord, run_stage
 
 #: More steps in a row without a finite loss than any practice has: what they do is looked at, and ends nothing.
@@ -54,6 +54,9 @@ class _Unwatched:
 
     def evaluate(self) -> dict[str, float]:
         return {}
+
+    def transcripts(self) -> Sequence[Transcript]:
+        return ()
 
     def trainable_state(self) -> dict[str, Tensor]:
         return self._task.trainable_state()

@@ -1,8 +1,9 @@
-"""What does not fit the objectives, looked for before anything is encoded or trained."""
+"""What would end a run later, looked for first: data, objectives, trackers and their keys."""
 
 from itertools import islice
 from typing import Any
 
+from ultravox.auth.credentials import Found, Service, find_credentials, of_services
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.sources import load_source
 from ultravox.data.templates import PromptTemplate
@@ -10,6 +11,8 @@ from ultravox.training.audio_learning import EndOfAudio, NextFrames
 from ultravox.training.examples import has_teacher, require_transcript
 from ultravox.training.features import Features
 from ultravox.training.rows import source_spec
+from ultravox.training.summary import tell
+from ultravox.training.trackers.registry import TRACKERS
 
 #: Rows of each source that are looked at here; the rest are when they are tokenised.
 FIRST_ROWS = 10_000
@@ -45,6 +48,12 @@ def require_transcripts(config: RunConfig) -> None:
             require_transcript(clip, template)
 
 
+def tell_idle_rates(config: RunConfig, stage: StageConfig) -> None:
+    """Say which of a stage's rates have no effect."""
+    for part in idle_rates(config, stage):
+        tell(f"stage {stage.name}: optim.lr.{part} is set, but nothing of the {part} trains: it has no effect")
+
+
 def idle_rates(config: RunConfig, stage: StageConfig) -> list[str]:
     """Parts of the model for which a file or the command line sets a rate, though nothing in them trains."""
     model = config.model
@@ -54,3 +63,23 @@ def idle_rates(config: RunConfig, stage: StageConfig) -> list[str]:
     }
     rates = stage.optim.lr
     return [p for p, it_does in trains.items() if not it_does and p in rates.model_fields_set and getattr(rates, p) > 0]
+
+
+def preflight(config: RunConfig) -> dict[str, Found]:
+    """Variable → the credentials that the run may need: Hugging Face's, and those of its trackers.
+
+    Raises:
+        ConfigError: a tracker is not installed, or plainly cannot start as it is set up.
+        UltravoxError: a place of credentials cannot be read.
+    """
+    logging = config.logging
+    trackers = [TRACKERS[name] for name in logging.trackers]
+    for tracker in trackers:
+        tracker.require_installed()
+    services: set[Service] = {"huggingface"}
+    if not logging.offline:
+        services |= {tracker.service for tracker in trackers if tracker.service is not None}
+    found = find_credentials(of_services(*services))
+    for tracker in trackers:
+        tracker.require_ready(logging.offline, found)
+    return found

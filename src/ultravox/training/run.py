@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ultravox.auth.credentials import exported
 from ultravox.config.load import dump_config
 from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.data.loader import Loader, killed_workers_explained
@@ -37,7 +38,7 @@ from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
-from ultravox.training.preflight import idle_rates, require_objectives, require_transcripts
+from ultravox.training.preflight import preflight, require_objectives, require_transcripts, tell_idle_rates
 from ultravox.training.resume import (
     finished_text,
     is_finished,
@@ -52,9 +53,11 @@ from ultravox.training.speech_task import SpeechTask
 from ultravox.training.stream import prepare_stream
 from ultravox.training.summary import RunState, announce, run_summary, stage_summary, tell, tell_mixture
 from ultravox.training.trackers.jsonl import drop_rows_after
+from ultravox.training.trackers.registry import make_tracking
+from ultravox.training.trackers.tracking import RunTracking
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
 from ultravox.training.tune import TuneTask
-from ultravox.training.watchers import watch_stage
+from ultravox.training.watchers import track_stage, watch_stage
 
 TASKS: dict[str, type[SpeechTask]] = {"align": AlignTask, "tune": TuneTask}
 
@@ -92,6 +95,8 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         if start is not None:
             require_same_config(start.state["config"], deciding_keys(config), found[-1])
 
+        credentials = preflight(config)
+        stack.enter_context(exported(credentials))
         require_transcripts(config)
         # 2. The model; its fresh weights are a function of the seed
         seed_everything(config.seed, "model")
@@ -129,15 +134,20 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
                 run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ())
             )
         engine.gather(None)  # nobody writes before the folder is clear
+        finished = start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1])
+        tracking = make_tracking(config, credentials, resume=resume, is_main=engine.is_main and not finished)
+        stack.enter_context(tracking)
         stop = stack.enter_context(stop_on_signals())
         store = stack.enter_context(CheckpointStore.from_config(run_dir, names, config.checkpoints))
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
-                context = _Stage(config, stage, model, processor, data, run, bases, begin, stop, engine, store)
+                context = _Stage(
+                    config, stage, model, processor, data, run, bases, begin, stop, engine, store, tracking
+                )
                 _run_stage(context, start if index == first else None)
 
-        if start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1]):
+        if finished:
             tell(finished_text(run_dir, [(stage.name, stage.max_steps) for stage in config.stages]))
             return run_dir
 
@@ -150,12 +160,6 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
             summary = run_summary(run, data, begin) | {"engine": describe(engine)}
             atomic_write(run_dir / "train.json", json.dumps(summary, indent=2) + "\n")
     return run_dir
-
-
-def tell_idle_rates(config: RunConfig, stage: StageConfig) -> None:
-    """Say which of a stage's rates have no effect."""
-    for part in idle_rates(config, stage):
-        tell(f"stage {stage.name}: optim.lr.{part} is set, but nothing of the {part} trains: it has no effect")
 
 
 def _take_folder(config: RunConfig, names: Sequence[str], stack: ExitStack, *, resume: bool, overwrite: bool) -> None:
@@ -201,6 +205,7 @@ class _Stage:
     stop: StopRequest
     engine: Engine
     store: CheckpointStore
+    tracking: RunTracking
 
     @property
     def run_dir(self) -> Path:
@@ -244,6 +249,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
 
     last: dict[str, float] = {}
     evaluated: dict[int, dict[str, float]] = {}
+    tracking = track_stage(config, stage, context.tracking, state)
 
     def save(state: LoopState) -> None:
         if state.step == stage.max_steps:
@@ -255,6 +261,11 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
         if engine.is_main:
             context.store.save(stage.name, state.step, checkpoint)
+            if config.logging.upload_checkpoints:
+                context.store.join()  # trackers read the files
+                tracking.on_checkpoint(
+                    state.step, checkpoints.checkpoint_folder(context.run_dir, stage.name, state.step)
+                )
 
     loader = _loader(context, task)
     release_freed_memory()  # what the stage before has left
@@ -262,7 +273,7 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     with ExitStack() as stack:
         stack.enter_context(killed_workers_explained())
         watchers = watch_stage(config, stage, context.data, engine, state, last, evaluated, stack)
-        callbacks = [*watchers, *([MatmulSamples(matmul)] if matmul else [])]
+        callbacks = [*watchers, tracking, *([MatmulSamples(matmul)] if matmul else [])]
         run_stage(
             task,
             optimizer,

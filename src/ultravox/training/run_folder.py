@@ -15,6 +15,8 @@ RUN_FILES = (
     "log.jsonl",
     "samples",
     "tensorboard",
+    "trackers",
+    "trackers.json",
     "checkpoints",
     "model",
     "heads",

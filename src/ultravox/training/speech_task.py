@@ -3,6 +3,7 @@
 import abc
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ultravox.audio.effects import EffectSettings, WaveformAugmenter
+from ultravox.audio.waveform import load_waveform
 from ultravox.config.schema import StageConfig
 from ultravox.data.fingerprint import fingerprint
 from ultravox.data.mixture import Mixture
@@ -27,7 +29,7 @@ from ultravox.training.memory_model import MemoryModel, OfLongest
 from ultravox.training.optim import ParameterGroup
 from ultravox.training.rows import source_key
 from ultravox.training.speech import SpeechData
-from ultravox.training.task import LossOutput
+from ultravox.training.task import LossOutput, Transcript
 
 BEGINNING = Position()
 PARTS = {
@@ -55,6 +57,7 @@ class SpeechTask(abc.ABC):
         """Parameters of the objective itself."""
         self.keeps_extra = False
         """Whether they are of use after training."""
+        self._transcripts: list[Transcript] = []
         self.is_sharded = False
         """Whether each rank must run the decoder forwards and backwards as often as the others."""
         self.left_out: list[str] = []
@@ -240,11 +243,19 @@ class SpeechTask(abc.ABC):
         self.model.eval()
         with torch.no_grad():
             texts = self.transcribe(examples)
+        self._transcripts = [
+            Transcript(example.id, example.text, text, partial(_only_recording, example))
+            for example, text in zip(examples, texts, strict=True)
+        ]
         references = [example.text for example in examples]
         metrics = {"wer": word_error_rate(references, texts), "cer": character_errors(references, texts).rate}
         if sacrebleu_is_installed():
             metrics |= {"bleu": bleu(references, texts)[0], "chrf": chrf(references, texts)[0]}
         return metrics
+
+    def transcripts(self) -> Sequence[Transcript]:
+        """See `Task`."""
+        return self._transcripts
 
     def trainable_state(self) -> dict[str, Tensor]:
         """All that trains in any stage, and the objective's own parameters; whole, however they are sharded."""
@@ -266,3 +277,8 @@ class SpeechTask(abc.ABC):
                 if tensor.shape != state[name].shape:
                     raise CheckpointError(f"{name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
                 assign(tensor, state[name])
+
+
+def _only_recording(example: Example) -> np.ndarray | None:
+    """Decoded, of a row that has one."""
+    return load_waveform(example.recordings[0]) if len(example.recordings) == 1 else None

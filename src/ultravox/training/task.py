@@ -1,9 +1,10 @@
 """What the training loop asks of a task. The task knows the model and the data; the loop knows neither."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from ultravox.metrics.token_predictions import PredictionCounts
@@ -26,6 +27,17 @@ class LossOutput:
     """Further sums, each with a count of its own, for the log."""
     predictions: PredictionCounts | None = None
     """The best tokens against the labels, where the objective predicts tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What an evaluation has made of one clip."""
+
+    id: str
+    reference: str
+    hypothesis: str
+    load: Callable[[], np.ndarray | None]
+    """Decodes the recording, float32 [sample] at 16 kHz; None where the row has none, or several."""
 
 
 class Batch(Protocol):
@@ -82,6 +94,10 @@ class Task(Protocol):
 
     def evaluate(self) -> dict[str, float]:
         """A quick look at progress on clips that are neither trained on nor held out; at least `wer`, if it has one."""
+        ...
+
+    def transcripts(self) -> Sequence[Transcript]:
+        """Of each clip of the last `evaluate`, what it was about; none where nothing was written down."""
         ...
 
     def trainable_state(self) -> dict[str, Tensor]:

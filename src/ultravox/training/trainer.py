@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -16,7 +16,7 @@ from ultravox.training.engines.base import Engine
 from ultravox.training.interrupt import StopRequest, TrainingInterrupted
 from ultravox.training.optim import Optimizer, lr_factor
 from ultravox.training.splitting import run_with_splitting
-from ultravox.training.task import LoadedBatch, LoadedStep, LossOutput, Task
+from ultravox.training.task import LoadedBatch, LoadedStep, LossOutput, Task, Transcript
 
 #: A loss so many times the usual one is a spike; the usual one is a running mean over about 1 / SMOOTHING steps.
 SPIKE_FACTOR = 3.0
@@ -117,6 +117,13 @@ class Callback(Protocol):
     def on_step(self, record: StepRecord) -> None: ...
 
     def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None: ...
+
+
+@runtime_checkable
+class ShowsTranscripts(Protocol):
+    """A callback that also wants to see what an evaluation was about."""
+
+    def on_transcripts(self, stage: str, step: int, transcripts: Sequence[Transcript]) -> None: ...
 
 
 def run_stage(
@@ -332,6 +339,8 @@ class _Loop:
         state.evaluation_seconds += time.monotonic() - start
         for callback in callbacks:
             callback.on_evaluation(self.settings.stage, state.step, metrics)
+            if isinstance(callback, ShowsTranscripts):
+                callback.on_transcripts(self.settings.stage, state.step, self.task.transcripts())
 
 
 def _forward_and_backward(task: Task, engine: Engine, batch: Any) -> LossOutput:

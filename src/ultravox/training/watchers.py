@@ -16,6 +16,7 @@ from ultravox.training.speech import SpeechData
 from ultravox.training.trackers.jsonl import JsonLinesLog
 from ultravox.training.trackers.samples import StepSamples, samples_folder
 from ultravox.training.trackers.tensorboard import TensorBoardLog, tensorboard_is_installed
+from ultravox.training.trackers.tracking import RunTracking, StageTracking
 from ultravox.training.trainer import LoopState
 
 
@@ -73,3 +74,15 @@ def watch_stage(
             Console(stderr=True).print("TensorBoard is not installed: no tensorboard/ is written; log.jsonl is")
     add(TerminalProgress(stage.name, stage.max_steps, stage.log_every, elapsed_seconds=state.seconds))
     return [*callbacks, _Last(last, evaluated)]
+
+
+def track_stage(config: RunConfig, stage: StageConfig, tracking: RunTracking, state: LoopState) -> StageTracking:
+    """The run's trackers, told of this stage. Their steps go on over the stages."""
+    first_step = sum(other.max_steps for other in config.stages[: config.stages.index(stage)])
+    return StageTracking(
+        tracking.started,
+        stage.log_every,
+        first_step=first_step,
+        elapsed_seconds=state.seconds,
+        num_transcripts=config.logging.num_transcripts,
+    )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ultravox.training.trackers.window import Window
+from ultravox.training.trackers.window import Window, row_of
 from ultravox.training.trainer import StepRecord
 
 
@@ -21,9 +21,7 @@ class TensorBoardLog:
     def on_step(self, record: StepRecord) -> None:
         self._window.add(record)
         if record.step % self._log_every == 0 or record.step == record.max_steps:
-            row = {**self._window.flush(record), "grad_norm": record.grad_norm, **record.of_parts}
-            row |= {f"lr_{part}": rate for part, rate in record.lr.items()}
-            for name, value in row.items():
+            for name, value in row_of(self._window, record).items():
                 self._writer.add_scalar(f"{record.stage}/{name}", value, record.step)
 
     def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:

@@ -53,3 +53,9 @@ class Window:
             row["next_frame_skill"] = 1 - row["next_frame"] / row["next_frame_copied"]
         self.__init__(start=record.elapsed_seconds)  # type: ignore[misc]
         return row
+
+
+def row_of(window: Window, record: StepRecord) -> dict[str, float]:
+    """What trackers are told at the end of a window: its means and rates, the step's norms, and the learning rates."""
+    rates = {f"lr_{part}": rate for part, rate in record.lr.items()}
+    return {**window.flush(record), "grad_norm": record.grad_norm, **record.of_parts, **rates}

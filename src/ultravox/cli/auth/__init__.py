@@ -1,0 +1,1 @@
+"""``ultravox auth``: the tokens and keys of other services."""
