@@ -74,14 +74,19 @@ def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole"))
 
 
-def in_child(work) -> int:
-    """Run it in a process of its own; its exit status, negative = killed by that signal."""
+def started(work) -> int:
+    """A process that does it and ends."""
     child = os.fork()
     if child == 0:
         try:
             work()
         finally:
             os._exit(0)
+    return child
+
+
+def status_of(child: int) -> int:
+    """How it ended; negative = killed by that signal."""
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
@@ -138,7 +143,7 @@ def test_killed_at_a_write_point(tmp_path, whole, point):
     def work():
         run(tmp_path, at_step=lambda step: step == 5 and kill_at(*WRITE_POINTS[point]))
 
-    assert in_child(work) == -signal.SIGKILL, "the point was reached"
+    assert status_of(started(work)) == -signal.SIGKILL, "the point was reached"
     verify_and_finish(tmp_path, whole, at_least=3)
 
 
@@ -153,17 +158,12 @@ def test_killed_at_any_time(tmp_path, whole, trial):
 
         run(tmp_path, at_step=at_step)
 
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
+    child = started(work)
     while len(list_checkpoints(tmp_path, ["toy"])) < 2:
         time.sleep(0.001)
     time.sleep(wait)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    assert status_of(child) == -signal.SIGKILL
     if list_checkpoints(tmp_path, ["toy"])[-1].name == f"toy-{STEPS:06d}":
         pytest.fail("the run was over before it was killed")
     verify_and_finish(tmp_path, whole, at_least=1)
