@@ -286,7 +286,7 @@ def test_overwriting_a_run_forgets_its_trackers(parts, tmp_path, fake):
 
 def test_only_the_main_process_has_trackers(parts, tmp_path, fake):
     config = short_config(parts, tmp_path / "run", trackers=["mlflow"], offline=True)
-    with make_tracking(config, {}, is_main=False) as tracking:
+    with make_tracking(config, {}, has_trackers=False) as tracking:
         assert tracking.started == []
     assert fake.made == []
 

@@ -123,8 +123,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         atomic_write(run_dir / "config.yaml", dump_config(config))
         drop_rows_after(run_dir / "log.jsonl", names, *((start.state["stage"], start.state["step"]) if start else ()))
         finished = start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1])
-        tracking = make_tracking(config, credentials, resume=resume, is_main=not finished)
-        stack.enter_context(tracking)
+        tracking = stack.enter_context(make_tracking(config, credentials, resume=resume, has_trackers=not finished))
         stop = stack.enter_context(stop_on_signals())
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
