@@ -254,6 +254,16 @@ def test_a_resumed_run_goes_on_with_its_id(tmp_path):
     assert start_again(tmp_path, resume=False) is None
 
 
+def test_a_run_that_cannot_be_gone_on_with_is_told(tmp_path, capsys):
+    start_again(tmp_path, resume=False)
+    tracker = FakeTracker(options(tmp_path))
+    tracker.start = lambda run_id, config: "another"
+    with RunTracking([tracker], tmp_path, {}, resume=True):
+        pass
+    assert capsys.readouterr().err == "mlflow: run id-1 cannot be gone on with; a new one began, another\n"
+    assert start_again(tmp_path) == "another"
+
+
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", '{"runs": {}}', '{"version": 1, "runs": {"mlflow": {"ids": []}}}', '{"version": 1, "runs": {"a": 1}}'],
