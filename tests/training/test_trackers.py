@@ -185,8 +185,9 @@ def test_mlflow(tracked):
 
 def test_clearml(tracked):
     """Offline it cannot go on with a session: there are two, and the second names the first."""
-    run_dir, _ = tracked
+    run_dir, output = tracked
     first, second = ids(run_dir, "clearml")
+    assert f"clearml: run {first} cannot be gone on with; a new one began, {second}" in output
     tasks, events, waves = [], [], []
     for name in (first, second):
         path = run_dir / "trackers" / "clearml" / "offline" / name
