@@ -145,7 +145,8 @@ def test_wandb(tracked):
     assert [row["step"] for row in rows if "align/wer" in row or "tune/wer" in row] == [4, 10]
     artifacts = [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"]
     checkpoints = [artifact for artifact in artifacts if artifact.type == "checkpoint"]
-    assert [next(iter(one.aliases)) for one in checkpoints] == ["align-000004", "tune-000004", "tune-000006"]
+    names = ["align-000004", "tune-000004", "tune-000006"]
+    assert [sorted(one.aliases) for one in checkpoints] == [sorted([name, "latest"]) for name in names]
     assert {entry.path for entry in checkpoints[0].manifest.contents} >= {"trainable.safetensors", "manifest.json"}
     files = [path for folder in folders for path in folder.rglob("*")]
     tables = [json.loads(path.read_text()) for path in files if path.name.endswith(".table.json")]
@@ -184,8 +185,9 @@ def test_mlflow(tracked):
 
 def test_clearml(tracked):
     """Offline it cannot go on with a session: there are two, and the second names the first."""
-    run_dir, _ = tracked
+    run_dir, output = tracked
     first, second = ids(run_dir, "clearml")
+    assert f"clearml: run {first} cannot be gone on with; a new one began, {second}" in output
     tasks, events, waves = [], [], []
     for name in (first, second):
         path = run_dir / "trackers" / "clearml" / "offline" / name

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -22,6 +24,7 @@ from ultravox.training.preflight import preflight
 from ultravox.training.run import run_training
 from ultravox.training.task import Transcript
 from ultravox.training.trackers import tracking as tracking_module
+from ultravox.training.trackers.clearml import require_answer
 from ultravox.training.trackers.mlflow import MlflowTracker, flat
 from ultravox.training.trackers.registry import TRACKERS, make_tracking
 from ultravox.training.trackers.tracker import Tracker, TrackerOptions, wave_files
@@ -251,6 +254,16 @@ def test_a_resumed_run_goes_on_with_its_id(tmp_path):
     assert start_again(tmp_path, resume=False) is None
 
 
+def test_a_run_that_cannot_be_gone_on_with_is_told(tmp_path, capsys):
+    start_again(tmp_path, resume=False)
+    tracker = FakeTracker(options(tmp_path))
+    tracker.start = lambda run_id, config: "another"
+    with RunTracking([tracker], tmp_path, {}, resume=True):
+        pass
+    assert capsys.readouterr().err == "mlflow: run id-1 cannot be gone on with; a new one began, another\n"
+    assert start_again(tmp_path) == "another"
+
+
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", '{"runs": {}}', '{"version": 1, "runs": {"mlflow": {"ids": []}}}', '{"version": 1, "runs": {"a": 1}}'],
@@ -283,7 +296,7 @@ def test_overwriting_a_run_forgets_its_trackers(parts, tmp_path, fake):
 
 def test_only_the_main_process_has_trackers(parts, tmp_path, fake):
     config = short_config(parts, tmp_path / "run", trackers=["mlflow"], offline=True)
-    with make_tracking(config, {}, is_main=False) as tracking:
+    with make_tracking(config, {}, has_trackers=False) as tracking:
         assert tracking.started == []
     assert fake.made == []
 
@@ -384,6 +397,29 @@ def test_what_is_enough_for_a_tracker(name, environment, monkeypatch):
 def test_a_tracker_is_named_once():
     with pytest.raises(ValueError, match="trackers names one twice"):
         settings(trackers=["wandb", "wandb"])
+
+
+def test_a_clearml_server_that_is_not_there():
+    """ClearML itself would try for hours. Any answer will do."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        require_answer(f"{address}/")
+        server.shutdown()
+        thread.join()
+    with pytest.raises(UltravoxError, match=f"the server {address} does not answer"):
+        require_answer(address)
+    with pytest.raises(UltravoxError, match="the server nowhere does not answer"):
+        require_answer("nowhere")
 
 
 # A store that is no folder of the run

@@ -160,3 +160,19 @@ def test_no_look_at_progress_just_before_the_last_one():
     assert [step for step, _ in recorder.evaluations] == [10, 21]
     _, recorder, _ = train(max_steps=25, evaluate_every=10)
     assert [step for step, _ in recorder.evaluations] == [10, 20, 25]
+
+
+def test_transcripts_are_for_callbacks_that_want_them():
+    class Shown(Recorder):
+        def __init__(self):
+            super().__init__()
+            self.shown = []
+
+        def on_transcripts(self, stage, step, transcripts):
+            self.shown.append((stage, step, transcripts, len(self.evaluations)))
+
+    task, watcher, other = ToyTask(), Shown(), Recorder()
+    task.transcripts = lambda: [f"of look {task.num_evaluations}"]
+    run_stage(task, toy_optimizer(task), settings(evaluate_every=6), task.load, callbacks=[other, watcher])
+    assert watcher.shown == [("toy", 6, ["of look 1"], 1), ("toy", 12, ["of look 2"], 2)]
+    assert len(other.evaluations) == 2

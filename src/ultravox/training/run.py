@@ -135,8 +135,8 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
             )
         engine.gather(None)  # nobody writes before the folder is clear
         finished = start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1])
-        tracking = make_tracking(config, credentials, resume=resume, is_main=engine.is_main and not finished)
-        stack.enter_context(tracking)
+        has_trackers = engine.is_main and not finished
+        tracking = stack.enter_context(make_tracking(config, credentials, resume=resume, has_trackers=has_trackers))
         stop = stack.enter_context(stop_on_signals())
         store = stack.enter_context(CheckpointStore.from_config(run_dir, names, config.checkpoints))
         first = names.index(start.state["stage"]) if start else 0

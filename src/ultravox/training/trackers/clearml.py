@@ -2,17 +2,23 @@
 
 import os
 import signal
+import ssl
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from ultravox.auth.credentials import Found, in_environment
+from ultravox.errors import UltravoxError
 from ultravox.training.task import Transcript
 from ultravox.training.trackers.tracker import Outcome, Tracker, require_key, table, wave_files
 
+ANSWER_SECONDS = 10.0
 #: What ClearML would hook into by itself. A run tells it what it is to know, and nothing else.
 FRAMEWORKS = (
     "catboost detect_repository fastai gradio hydra joblib jsonargparse lightgbm matplotlib megengine pytorch scikit "
@@ -43,9 +49,12 @@ class ClearmlTracker(Tracker):
             kept = {"CLEARML_CACHE_DIR": options.folder, "CLEARML_CONFIG_FILE": options.folder / "none.conf"}
             self.stack.enter_context(in_environment({name: str(path.resolve()) for name, path in kept.items()}))
         from clearml import Task
+        from clearml.backend_api import Session
 
         if Task.is_offline() != options.offline:  # of the whole process, so that an earlier run may have set it
             Task.set_offline(options.offline)
+        if not options.offline:
+            require_answer(Session.get_api_server_host())
         Task.set_random_seed(None)  # else it seeds what the run has seeded
         continued = run_id is not None and not options.offline
         with _signals_kept():
@@ -94,6 +103,19 @@ class ClearmlTracker(Tracker):
         elif not self.options.offline and outcome == "stopped":
             self._task.mark_stopped()
         self._task.close()
+
+
+def require_answer(server: str) -> None:
+    """UltravoxError when nobody is there: ClearML itself would try again for hours before it said so."""
+    try:
+        with urlopen(f"{server.rstrip('/')}/debug.ping", timeout=ANSWER_SECONDS):
+            pass
+    except HTTPError:
+        return  # an answer
+    except (OSError, HTTPException, ValueError) as error:
+        if isinstance(getattr(error, "reason", None), ssl.SSLError):
+            return  # whose certificate ClearML may be told to take
+        raise UltravoxError(f"the server {server} does not answer ({error})") from error
 
 
 @contextmanager

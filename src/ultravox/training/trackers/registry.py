@@ -18,7 +18,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def make_tracking(
-    config: RunConfig, found: Mapping[str, Found], *, resume: bool = False, is_main: bool = True
+    config: RunConfig, found: Mapping[str, Found], *, resume: bool = False, has_trackers: bool = True
 ) -> RunTracking:
     """The trackers of a run, not started yet.
 
@@ -26,13 +26,13 @@ def make_tracking(
         config: of the run.
         found: the credentials in use, which no tracker is to show.
         resume: whether the run is gone on with.
-        is_main: whether this process is the one that tells trackers; the others of a run have none.
+        has_trackers: false where there is nothing to tell: in all processes of a run but one, and of a finished run.
     """
     logging, run_dir = config.logging, Path(config.run_dir)
     name = logging.run_name or run_dir.resolve().name
     trackers = [
         TRACKERS[tracker](TrackerOptions(logging.project, name, run_dir / "trackers" / tracker, logging.offline))
-        for tracker in (logging.trackers if is_main else ())
+        for tracker in (logging.trackers if has_trackers else ())
     ]
     secrets = [one.secret for one in found.values()]
     return RunTracking(trackers, run_dir, config.model_dump(mode="json"), resume=resume, secrets=secrets)

@@ -158,6 +158,9 @@ class RunTracking:
                 "logging.trackers, or log offline with --logging.offline true"
             ) from error
         self.started.append(_Guarded(tracker, self._secrets, self._console))
+        if ids and run_id not in ids:
+            text = f"{tracker.name}: run {ids[-1]} cannot be gone on with; a new one began, {run_id}"
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._runs[tracker.name] = {**place, "ids": ids if run_id in ids else [*ids, run_id]}
         atomic_write(self._path, json.dumps({"version": FORMAT_VERSION, "runs": self._runs}, indent=2) + "\n")
 

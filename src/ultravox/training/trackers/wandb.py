@@ -29,13 +29,14 @@ class WandbTracker(Tracker):
         import wandb
 
         options = self.options
-        options.folder.mkdir(parents=True, exist_ok=True)
+        folder = options.folder.resolve()  # W&B keeps paths in its files
+        folder.mkdir(parents=True, exist_ok=True)
         # checkpoints wait there until they are sent
-        self.stack.enter_context(in_environment({"WANDB_DATA_DIR": str(options.folder)}))
+        self.stack.enter_context(in_environment({"WANDB_DATA_DIR": str(folder)}))
         self._run = wandb.init(
             project=options.project,
             name=options.run_name,
-            dir=str(options.folder),
+            dir=str(folder),
             config=config,
             id=run_id,
             resume="allow" if run_id and not options.offline else None,
