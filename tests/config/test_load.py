@@ -283,3 +283,12 @@ def test_missing_empty_and_binary_files(write, tmp_path):
         load_config(tmp_path / "noise.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
+
+
+def test_a_file_is_not_suggested_to_itself(tmp_path):
+    (tmp_path / "noext.yaml").write_text("extends: nofile.yaml\n")
+    with pytest.raises(ConfigError, match=r"nofile\.yaml: no such config file$"):
+        load_config(tmp_path / "noext.yaml", [])
+    (tmp_path / "nofiles.yaml").write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match=r"did you mean .*nofiles\.yaml"):
+        load_config(tmp_path / "noext.yaml", [])

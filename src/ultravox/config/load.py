@@ -81,7 +81,7 @@ def _read_with_parents(path: Path, children: tuple[Path, ...], extended_in: str 
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{here}{shown}: no such config file{_suggest_file(path)}") from None
+        raise ConfigError(f"{here}{shown}: no such config file{_suggest_file(path, children)}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{here}{shown}: cannot be read as a text file ({reason})") from None
@@ -101,8 +101,10 @@ def shown_path(path: Path) -> str:
     return str(short if short.resolve() == path.resolve() else path.resolve())
 
 
-def _suggest_file(path: Path) -> str:
-    here = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+def _suggest_file(path: Path, children: tuple[Path, ...]) -> str:
+    """A file of a name like that, and none of those that wanted it."""
+    others = (p for p in path.parent.glob("*.yaml") if p.resolve() not in children)
+    here = sorted(p.name for p in others) if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, here, n=1) or difflib.get_close_matches(f"{path.name}.yaml", here, n=1)
     return f"; did you mean {shown_path(path.with_name(close[0]))!r}?" if close else ""
 

@@ -30,7 +30,7 @@ class PlateauNotice:
             self._on_plateau = True
             return (
                 f"{figures}: the model goes by the text alone yet. This plateau is usual before audio is used; if it "
-                "lasts, train an `align` stage first, or raise the projector's rate"
+                "lasts, train an `align` stage first, or for longer, or raise the projector's rate"
             )
         if own - swapped >= USE and self._on_plateau is True:
             self._on_plateau = False

@@ -223,8 +223,8 @@ def _run_stage(context: _Stage, start: checkpoints.Checkpoint | None) -> None:
     if task.left_out and done is None:
         text = (
             f"stage {stage.name}: {len(task.left_out)} versions of {len(set(task.left_out))} clips have no transcript, "
-            f"several recordings or fewer audio positions than tokens, and are left out, such as {task.left_out[0]} "
-            "(all in train.json)"
+            f"several recordings or fewer audio positions than tokens (a lower model.stack_factor gives more), and are "
+            f"left out, such as {task.left_out[0]} (all in train.json)"
         )
         tell(text)
     optim = stage.optim
