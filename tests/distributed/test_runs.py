@@ -75,7 +75,11 @@ def test_two_ranks_train_as_one_process_does(parts, alone, tmp_path, kind, dtype
     assert losses(two) == pytest.approx(expected, rel=tolerance)
     assert samples(two) == samples(one)
     assert not shared_ids(two)
-    assert json.loads((two / "train.json").read_text())["engine"] == {"kind": kind, "world_size": 2}
+    assert json.loads((two / "train.json").read_text())["engine"] == {
+        "kind": kind,
+        "world_size": 2,
+        "device": "cpu",
+    }
     weights, theirs = load_file(one / "model" / "model.safetensors"), load_file(two / "model" / "model.safetensors")
     assert weights.keys() == theirs.keys()
     for name, tensor in weights.items():
