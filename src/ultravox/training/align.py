@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ultravox.config.schema import StageConfig
-from ultravox.errors import DataError
+from ultravox.errors import CheckpointError, DataError
 from ultravox.model.ctc_projector import CtcProjector
 from ultravox.objectives.alignment import CtcAlignment
 from ultravox.training.batches import SpeechBatch
@@ -101,4 +101,6 @@ class AlignTask(SpeechTask):
         """Undo `trainable_state`. CheckpointError when names or shapes differ."""
         if self.data.stream is not None and TOKEN_IDS in state:
             self.alignment.extend(self._table, state[TOKEN_IDS])
-        super().load_trainable_state(state)
+            if self.alignment.token_ids.tolist() != state[TOKEN_IDS].tolist():
+                raise CheckpointError("the checkpoint's tokens do not begin with those of the stream's first rows")
+        super().load_trainable_state({name: tensor for name, tensor in state.items() if name != TOKEN_IDS})
