@@ -154,8 +154,8 @@ def test_no_batch_is_measured_that_would_take_more_than_the_limit(parts, tmp_pat
     """Really measured. The largest batches that the stage allows would take two or three times the limit.
 
     In a model so small, what is made once for a new number of rows (compiled products, the allocator's arenas) may be
-    as much as the batch itself. So each batch runs three times: the planner is told of the first run, the smaller of the
-    others is judged, since whatever else the process does meanwhile can only add to one.
+    as much as the batch itself. So each batch runs three times: the planner is told of the first run, the smaller of
+    the others is judged, since whatever else the process does meanwhile can only add to one.
     """
     inner, taken, limit = memory_probe.measure_task, [], 0.06
 
