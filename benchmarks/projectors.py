@@ -178,7 +178,9 @@ def tables(results: dict[str, Any]) -> str:
             "",
             "The stage `align` of the quickstart's data, each for about as long; greedy CTC decoding of clips that",
         ]
-        lines += ["were kept out of training. WER: mean over the seeds with its 95% interval (Student's t).", ""]
+        lines += ["were kept out of training. WER: mean over the seeds with its 95% interval (Student's t)."]
+        before = "Taken while the matching term of `align` was a mean over a batch's positions, not over each clip's."
+        lines += [before, ""]
         lines += ["| `configs/` | WER | n seeds | steps | ms a step |", "|---|---|---|---|---|"]
         for name in (name for name in FORMS if results["align"].get(name, {}).get("wer")):
             one = results["align"][name]

@@ -91,8 +91,9 @@ def test_the_configs_of_the_other_launchers_load_with_their_words():
 
 
 def test_the_other_commands_of_ours_are_commands():
-    for words in commands():
-        if words[0] == ".venv/bin/ultravox":
-            parser, _ = cli.build_parser(".".join(words[1:3]) if words[1] in cli.ACTIONS else words[1])
-            skipped = 3 if words[1] in cli.ACTIONS else 2
-            parser.parse_known_args(words[skipped:])
+    found = [words[1:] for words in commands() if words[0] == ".venv/bin/ultravox"]
+    assert found
+    for words in found:
+        parser, module = cli.build_parser(".".join(words[:2]) if words[0] in cli.ACTIONS else words[0])
+        _, unknown = parser.parse_known_args(words[2 if words[0] in cli.ACTIONS else 1 :])
+        assert not unknown or getattr(module, "TAKES_OVERRIDES", False), words

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
 
+    from ultravox.training.engines.ranks import is_main_process
     from ultravox.training.interrupt import TrainingInterrupted
     from ultravox.training.run import run_training
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     except TrainingInterrupted as interruption:
         print(f"ultravox: {interruption}", file=sys.stderr)
         return interruption.exit_code
-    _print_next(Path(config.run_dir))
+    if is_main_process():
+        _print_next(Path(config.run_dir))
     return 0
 
 

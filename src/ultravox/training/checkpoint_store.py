@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ultravox.config.checkpoints import LESS_IS_BETTER, CheckpointsConfig
 from ultravox.errors import CheckpointError, UltravoxError
+from ultravox.files import atomic_folder
 from ultravox.training.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -164,8 +165,6 @@ def download_newest(target: str, run_dir: Path, stages: Sequence[str]) -> Path |
     Raises:
         UltravoxError: whatever the store says.
     """
-    from ultravox.files import atomic_folder
-
     store, root = _store(target)
     try:
         places = store.ls(root, detail=False) if store.exists(root) else []

@@ -316,8 +316,7 @@ class _Loop:
     def _update(self, step: int, counts: _Counts) -> float:
         """The gradient's norm before clipping; where it, or the loss, is not finite on any rank, none is updated."""
         settings = self.settings
-        if self.engine.world_size > 1:
-            self.engine.reduce(self.optimizer.parameters)
+        self.engine.reduce(self.optimizer.parameters)
         if not (math.isfinite(counts.loss_sum) and counts.count > 0):
             return math.nan
         every = settings.measure_every
