@@ -32,7 +32,7 @@ def measure(variant: str, num_tokens: int, steps: int) -> dict[str, float]:
     import torch.nn.functional as F
     from tuning import batch, packed
 
-    from ultravox.config.schema import LoraConfig
+    from ultravox.config.model import LoraConfig
     from ultravox.model.adapters import add_lora
     from ultravox.model.factory import load_language_model
     from ultravox.model.fast_attention import use_fast_attention

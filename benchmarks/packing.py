@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ultravox.audio.lengths import num_audio_tokens
-from ultravox.config.schema import LoraConfig
+from ultravox.config.model import LoraConfig
 from ultravox.data.plan import plan_batches
 from ultravox.data.prompts import render
 from ultravox.data.sources import load_clips

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultravox.config.schema import LoraConfig
+from ultravox.config.model import LoraConfig
 from ultravox.model import kernels
 from ultravox.model.adapters import add_lora
 from ultravox.model.factory import load_language_model

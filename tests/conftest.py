@@ -149,7 +149,7 @@ def tiny_models(tmp_path_factory, tiny_tokenizer_folder) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def tiny_model_config(tiny_models):
     """The model section of a run config that names the tiny folders."""
-    from ultravox.config.schema import ModelConfig
+    from ultravox.config.model import ModelConfig
 
     return ModelConfig(
         language_model=str(tiny_models.llama),

@@ -16,7 +16,7 @@ from ultravox.training.engines.factory import build_engine
 from ultravox.training.engines.shards import is_shard, local_part
 from ultravox.training.interrupt import StopRequest
 from ultravox.training.optim import Optimizer
-from ultravox.training.run import seed_everything
+from ultravox.training.seeding import seed_everything
 from ultravox.training.speech import prepare_speech, trainable_of
 from ultravox.training.trainer import LoopSettings, LoopState, _forward_and_backward, _Loop
 from ultravox.training.tune import TuneTask

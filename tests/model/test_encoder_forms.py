@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from ultravox.audio.step_fit import fit_steps
-from ultravox.config.schema import ModelConfig
+from ultravox.config.model import ModelConfig
 from ultravox.errors import ModelError
 from ultravox.model.audio_tower import load_audio_encoder, run_as
 from ultravox.model.configuration import UltravoxConfig

@@ -20,7 +20,7 @@ from transformers import (
     WavLMConfig,
 )
 
-from ultravox.config.schema import ModelConfig
+from ultravox.config.model import ModelConfig
 from ultravox.errors import AudioError, ModelError
 from ultravox.model.audio_encoder import WhisperAudioEncoder, keep_layers
 from ultravox.model.audio_tower import load_audio_encoder

@@ -11,7 +11,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from ultravox.audio.lengths import num_audio_tokens
 from ultravox.config.load import parse_config
-from ultravox.config.schema import ModelConfig
+from ultravox.config.model import ModelConfig
 from ultravox.errors import ConfigError, DataError, ModelError
 from ultravox.model.configuration import PROJECTORS, UltravoxConfig
 from ultravox.model.downsample import DOWNSAMPLINGS, downsample

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, WhisperModel
 
 from ultravox.audio.lengths import SAMPLE_RATE
-from ultravox.config.schema import ModelConfig
+from ultravox.config.model import ModelConfig
 from ultravox.errors import NetworkError
 from ultravox.model.factory import build_model, build_processor
 from ultravox.model.pretrained import resolve_model

@@ -9,8 +9,8 @@ from ultravox.config.schema import RunConfig
 from ultravox.errors import ConfigError
 from ultravox.model.factory import build_model, build_processor
 from ultravox.training.engines.device import choose_device
-from ultravox.training.run import TASKS
 from ultravox.training.speech import prepare_speech, trainable_of
+from ultravox.training.stage import TASKS
 
 NEXT = {"weight": 0.5, "mask_share": 0.4, "mask_positions": 2}
 END = {"end_text": "yes", "middle_text": "no"}

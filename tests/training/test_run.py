@@ -486,7 +486,7 @@ def test_the_trainer_knows_no_model():
 
 
 def test_matmul_parameters_leave_out_tables_and_adapters(parts):
-    from ultravox.config.schema import ModelConfig
+    from ultravox.config.model import ModelConfig
     from ultravox.model.factory import load_language_model
 
     model = load_language_model(str(parts[0][0]))

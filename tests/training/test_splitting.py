@@ -12,10 +12,10 @@ from ultravox.data.order import PlannedBatch
 from ultravox.errors import DataError
 from ultravox.model.factory import build_model, build_processor
 from ultravox.training.batches import SpeechBatch
-from ultravox.training.run import TASKS
 from ultravox.training.speech import prepare_speech
 from ultravox.training.speech_task import BEGINNING
 from ultravox.training.splitting import is_out_of_memory, run_with_splitting
+from ultravox.training.stage import TASKS
 
 
 def raised_by(function):

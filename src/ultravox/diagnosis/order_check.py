@@ -3,7 +3,7 @@
 from ultravox.diagnosis.finding import Blame, Check, Finding, failed, passed
 from ultravox.diagnosis.workbench import Workbench
 from ultravox.training.audit import dry_run
-from ultravox.training.run import TASKS
+from ultravox.training.stage import TASKS
 
 EPOCHS = 2
 WORLD_SIZES, WORKERS = (1, 2, 4), (0, 2)

@@ -22,9 +22,10 @@ from ultravox.training.align import AlignTask
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.examples import Example, count_tokens, ctc_tokens
 from ultravox.training.resume import compare
-from ultravox.training.run import TASKS, seed_everything
+from ultravox.training.seeding import seed_everything
 from ultravox.training.speech import SpeechData, prepare_speech
 from ultravox.training.speech_task import SpeechTask
+from ultravox.training.stage import TASKS
 from ultravox.training.stream import prepare_stream
 from ultravox.training.teacher import Teacher
 from ultravox.training.tune import TuneTask

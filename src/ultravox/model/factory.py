@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ultravox.audio.features import OtherFeatures, feature_extractor_of
-from ultravox.config.schema import ModelConfig
+from ultravox.config.model import ModelConfig
 from ultravox.errors import CheckpointError, ConfigError, ModelError
 from ultravox.model.adapters import add_lora, find_targets
 from ultravox.model.audio_encoder import (

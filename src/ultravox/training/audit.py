@@ -22,9 +22,9 @@ from ultravox.errors import DataError
 from ultravox.model.factory import build_model, build_processor
 from ultravox.training.examples import ExampleTable
 from ultravox.training.rows import source_key
-from ultravox.training.run import TASKS
 from ultravox.training.speech import prepare_speech
 from ultravox.training.speech_task import SpeechTask
+from ultravox.training.stage import TASKS
 from ultravox.training.stream import prepare_stream
 from ultravox.training.trackers.samples import samples_folder
 
