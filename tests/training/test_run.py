@@ -21,10 +21,11 @@ from ultravox.errors import CheckpointError, ConfigError, DataError, UltravoxErr
 from ultravox.model.folder import find_model_folder
 from ultravox.training.align import AlignTask
 from ultravox.training.checkpoint import list_checkpoints
+from ultravox.training.flops import num_matmul_parameters
 from ultravox.training.interrupt import TrainingInterrupted
 from ultravox.training.run import run_training
 from ultravox.training.run_folder import lock
-from ultravox.training.tune import TuneTask, num_matmul_parameters
+from ultravox.training.tune import TuneTask
 
 STAGES = ["align", "tune"]
 

@@ -96,6 +96,9 @@ class LoaderConfig(Section):
         0, ge=0, le=256, description="processes that make batches; 0 = a thread beside the step, enough for features"
     )
     prefetch: int = Field(2, ge=1, le=64, description="batches made ahead, by each worker")
+    pin_memory: bool = Field(
+        True, description="with a CUDA GPU: into memory that the GPU reads by itself, while it computes"
+    )
 
 
 class DataConfig(Section):

@@ -114,7 +114,11 @@ class ModelConfig(Section):
         False,
         description="a learned token before each recording and one after it; the language model's table grows by them",
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="number type of the weights and activations")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="number type of the weights and activations; what trains is updated in float32. float16 scales the "
+        "loss, so that small gradients do not vanish",
+    )
     language_model_lora: LoraConfig = Field(default_factory=LoraConfig, description="adapters on the language model")
     audio_encoder_lora: EncoderLoraConfig = Field(
         default_factory=EncoderLoraConfig, description="adapters on the audio encoder"

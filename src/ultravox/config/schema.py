@@ -15,6 +15,7 @@ from ultravox.config.logging import LoggingConfig
 from ultravox.config.model import FRAMES_PER_SECOND, ModelConfig
 from ultravox.config.objectives import AlignOptions, TuneOptions
 from ultravox.config.optim import OptimConfig
+from ultravox.config.performance import PerformanceConfig
 from ultravox.config.section import Name, Section, misfit
 
 
@@ -108,6 +109,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="measuring")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="logs")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train; auto = a GPU, if any")
+    performance: PerformanceConfig = Field(default_factory=PerformanceConfig, description="speed and memory")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="processes")
     checkpoints: CheckpointsConfig = Field(default_factory=CheckpointsConfig, description="checkpoints")
 
@@ -125,6 +127,13 @@ class RunConfig(Section):
         self.stages = [stage for stage in self.stages if stage.max_steps > 0]
         if not self.stages:
             raise misfit("every stage has max_steps 0; at least one must train", *steps)
+        if self.performance.checkpoint_audio_encoder and not self._encoder_trains:
+            raise misfit(
+                "performance.checkpoint_audio_encoder has no effect on a frozen encoder; drop it, or set "
+                "model.train_audio_encoder or model.audio_encoder_lora.rank",
+                "performance.checkpoint_audio_encoder",
+                "model.train_audio_encoder",
+            )
         position_seconds = self.model.stack_factor / FRAMES_PER_SECOND
         if position_seconds > self.data.max_audio_seconds:
             raise misfit(
@@ -134,6 +143,10 @@ class RunConfig(Section):
                 "data.max_audio_seconds",
             )
         return self
+
+    @property
+    def _encoder_trains(self) -> bool:
+        return self.model.train_audio_encoder or self.model.audio_encoder_lora.rank > 0
 
     def _check_stage(self, stage: StageConfig, key: str) -> None:
         """A stage that trains fits the data, and the processes."""
@@ -165,8 +178,14 @@ class RunConfig(Section):
                 f"{key}.tune.boundary_share",
                 "model.audio_boundaries",
             )
-        encoder_trains = self.model.train_audio_encoder or self.model.audio_encoder_lora.rank > 0
-        stage.tune.next_frame.require_still_target(stage.name, key, encoder_trains)
+        if self.engine.kind == "fsdp2" and stage.optim.optimizer == "adamw_8bit":
+            raise misfit(
+                f"stage {stage.name!r}: adamw_8bit has a scale for each 256 numbers, which engine.kind fsdp2 would cut "
+                "through: take adamw, whose moments are shared between the ranks, or ddp",
+                f"{key}.optim.optimizer",
+                "engine.kind",
+            )
+        stage.tune.next_frame.require_still_target(stage.name, key, self._encoder_trains)
         if self.model.projector == "ctc_compressed":
             self._check_unknown_positions(stage, key)
         if self.data.streaming and stage.max_batch_memory_gb is not None:

@@ -16,7 +16,7 @@ from ultravox.config.schema import RunConfig, StageConfig
 from ultravox.diagnosis.practice import Practice, remove_dropout
 from ultravox.errors import CheckpointError, UltravoxError
 from ultravox.model.factory import build_model, build_processor
-from ultravox.model.fast import use_fast_kernels
+from ultravox.model.performance import run_efficiently
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
 from ultravox.training.batches import SpeechBatch
@@ -177,7 +177,7 @@ def build_workbench(
     seed_everything(config.seed, "model")
     processor = build_processor(config.model)
     model = build_model(config.model)
-    use_fast_kernels(model)
+    run_efficiently(model, attention=config.performance.attention)
     on_progress("preparing the data")
     prepare = prepare_stream if config.data.streaming else prepare_speech
     data = prepare(config, model, processor)

@@ -9,12 +9,13 @@ from ultravox.model.fast_mlp import use_fast_mlps
 from ultravox.model.kernels import bound_compiled, use_fast_linears, use_fast_norms
 
 
-def use_fast_kernels(model: Any) -> None:
-    """Linear layers, norms, SwiGLU and attention as a CPU likes them; the same numbers up to rounding."""
+def use_fast_kernels(model: Any, *, attention: bool = True) -> None:
+    """Linear layers, norms, SwiGLU and, if wanted, attention as a CPU likes them; the same numbers up to rounding."""
     if model.device.type == "cpu" and model.dtype == torch.float32:
         bound_compiled()
         use_fast_linears(model)
         use_fast_norms(model.language_model)
         use_fast_mlps(model.language_model)
-        use_short_attention(model.language_model)
-        use_fast_attention(model.language_model)
+        if attention:
+            use_short_attention(model.language_model)
+            use_fast_attention(model.language_model)

@@ -22,6 +22,8 @@ ATTENTION_NAME = "ultravox_cpu"
 
 def uses_onednn(tensor: Tensor) -> bool:
     """Whether `linear` takes the oneDNN way for this input."""
+    if torch.compiler.is_compiling():
+        return False  # the compiler has products of its own
     return _HAS_ONEDNN and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
 
 

@@ -79,7 +79,10 @@ class AlignTask(SpeechTask):
         target_lengths = target_lengths.to(self.model.device)
         total, ctc, count = self.alignment.loss(embeddings.float(), token_lengths, torch.cat(targets), target_lengths)
         num_tokens = int(token_lengths.sum())
-        return LossOutput(total, float(count), batch.audio_seconds, num_tokens, {"ctc": ctc.item()})
+        output = LossOutput(total, float(count), batch.audio_seconds, num_tokens, {"ctc": ctc.item()})
+        output.num_positions = embeddings.shape[0] * embeddings.shape[1]
+        output.flops = self.audio_flops(batch) + 4.0 * num_tokens * embeddings.shape[2] * len(self.alignment.token_ids)
+        return output
 
     def _project(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """What a CTC projector scores; of another one, what the language model will read."""

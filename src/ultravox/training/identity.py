@@ -10,6 +10,7 @@ from ultravox.model.pretrained import hub_commit, resolve_model
 
 #: Keys that a resumed run may change, since they do not touch its numbers.
 FREE_KEYS = ("run_dir", "logging", "evaluation", "device", "engine", "checkpoints")
+FREE_PERFORMANCE_KEYS = ("empty_cache_every", "peak_tflops")
 FREE_DATA_KEYS = ("max_cache_gb", "loader")
 FREE_STAGE_KEYS = ("log_every", "evaluate_every", "checkpoint_every")
 
@@ -19,6 +20,8 @@ def deciding_keys(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     progress_clips = content["evaluation"]["num_progress_clips"]
     content = {key: value for key, value in content.items() if key not in FREE_KEYS}
+    for key in FREE_PERFORMANCE_KEYS:
+        content["performance"].pop(key)
     for key in FREE_DATA_KEYS:
         content["data"].pop(key)
     for stage in content["stages"]:

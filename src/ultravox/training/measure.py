@@ -26,6 +26,14 @@ def memory_bytes() -> int:
         return peak_memory_bytes()
 
 
+def memory_in_use() -> dict[str, int]:
+    """Resident memory of this process, and the most that was allocated on its GPU, for the log; in bytes."""
+    found = {"memory_bytes": memory_bytes()}
+    if torch.cuda.is_initialized():
+        found["gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
 def peak_memory_bytes() -> int:
     """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import mmap
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 
 #: Addresses that are held back for what must be made when memory runs out: compiled products, a thread's stack. No page
@@ -29,6 +31,16 @@ def release_freed_memory() -> None:
     """Give all pages that are not in use back to the system."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what a device's allocator, or the C library, holds without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    else:
+        release_freed_memory()
 
 
 def make_room() -> None:

@@ -1,7 +1,8 @@
-"""AdamW with a learning rate per part of the model, schedules, and an optimizer state that is plain named tensors."""
+"""One update of all that trains, a learning rate for each part of the model, schedules; the state is plain tensors."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,8 +11,7 @@ from torch import Tensor, nn
 
 from ultravox.errors import CheckpointError
 from ultravox.training.engines.shards import is_shard, local_part, part_of_whole, whole_of_part
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+from ultravox.training.update_rules import RULES, UpdateRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ def lr_factor(
 
 
 class Optimizer:
-    """AdamW over parameter groups. Gradients arrive as sums; `step` divides, clips and updates in few passes.
+    """An update rule over parameter groups. Gradients arrive as sums; `step` divides, clips and updates in few passes.
 
-    Weight decay falls on matrices only, not on norms, biases and single rows. Parameters in bfloat16 are updated
+    Weight decay falls on matrices only, not on norms, biases and single rows. Parameters in 16 bits are updated
     through a float32 copy: an update of a thousandth of a weight would be rounded away.
     """
 
@@ -58,11 +58,14 @@ class Optimizer:
         weight_decay: float,
         betas: tuple[float, float],
         eps: float,
+        rule: str = "adamw",
+        fused: bool = True,
         sum_over_ranks: Callable[[float], float] = lambda value: value,
     ) -> None:
         """Args:
         groups: what trains.
-        weight_decay, betas, eps: AdamW's.
+        weight_decay, betas, eps, fused: AdamW's.
+        rule: one of `RULES`.
         sum_over_ranks: adds up what each rank found of the parameters that it holds a part of.
         """
         self._sum = sum_over_ranks
@@ -87,7 +90,9 @@ class Optimizer:
                     rates = {"lr": group.lr, "peak": group.lr, "part": group.part}
                     settings.append({"params": parameters, "weight_decay": decay, **rates})
         self.measured: dict[str, float] = {}
-        self._adamw = torch.optim.AdamW(settings, betas=betas, eps=eps, fused=True)
+        self._trained: dict[str, Tensor] = {}
+        """What trains, while the model holds its average."""
+        self._rule: UpdateRule = RULES[rule](settings, betas, eps, fused=fused)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -97,11 +102,11 @@ class Optimizer:
     @property
     def rates(self) -> dict[str, float]:
         """Of each part: the learning rate of the last step."""
-        return {group["part"]: group["lr"] for group in self._adamw.param_groups}
+        return {group["part"]: float(group["lr"]) for group in self._rule.optimizer.param_groups}
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
-        for parameter in self._named.values():  # those that AdamW does not hold, but a copy of
+        self._rule.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._named.values():  # those that the rule does not hold, but a copy of
             parameter.grad = None
 
     def step(self, *, divisor: float, max_grad_norm: float, lr_factor: float, measure: bool = False) -> float:
@@ -125,22 +130,51 @@ class Optimizer:
             return norm
         scale = min(1.0, max_grad_norm / (norm + 1e-6)) / divisor
         torch._foreach_mul_(gradients, scale)
-        for group in self._adamw.param_groups:
-            group["lr"] = group["peak"] * lr_factor
+        self._rule.set_rates(lr_factor)
         before = {name: master.detach().clone() for name, master in self._masters.items()} if measure else {}
         if measure:  # the gradients are scaled by now
             self._measure("grad_norm", lambda name, master: master.grad, 1 / (scale * divisor))
-        self._adamw.step()
+        self._rule.step()
         if measure:
             self._measure("update", lambda name, master: master.detach() - before[name], 1.0)
             self._measure("weight", lambda name, master: before[name], 1.0)
             for part in (group.part for group in self.groups):
                 update, weight = (self.measured.pop(f"{what}_{part}") for what in ("update", "weight"))
                 self.measured[f"update_ratio_{part}"] = update / weight if weight else math.inf
+        self._copy_masters()
+        return norm
+
+    def _copy_masters(self) -> None:
+        """Bring the parameters that have a float32 copy up to date."""
         for name, parameter in self._named.items():
             if (master := self._masters[name]) is not parameter:
                 local_part(parameter.data).copy_(master.data)
-        return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the model holds the weights that are to be used, where those are not the ones that train."""
+        if not self.averages:
+            yield
+            return
+        self._trained = {name: master.detach().clone() for name, master in self._masters.items()}
+        try:
+            self.finish()
+            yield
+        finally:
+            for name, weights in self._trained.items():
+                self._masters[name].data.copy_(weights)
+            self._trained = {}
+            self._copy_masters()
+
+    def finish(self) -> None:
+        """After the last step: leave the weights in the model that are to be used."""
+        if self._rule.average():
+            self._copy_masters()
+
+    @property
+    def averages(self) -> bool:
+        """Whether what is used is an average of what trains."""
+        return type(self._rule).average is not UpdateRule.average
 
     def _norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Of all these together, parameter → tensor, on all ranks."""
@@ -163,28 +197,35 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter name>.{step, exp_avg, exp_avg_sq}`, and `.master` where the parameter is not float32.
 
-        Whole tensors on each rank, however they are sharded.
+        Other rules have other moments. Whole tensors on each rank, however they are sharded. Where the model is to be
+        used with an average of what trains, `.master` holds what trains, of each parameter.
         """
         state = {
-            f"{name}.{key}": whole_of_part(value, self._named[name])
+            f"{name}.{key}": whole_of_part(value, self._named[name]) if key in self._rule.shaped else value
             for name, master in self._masters.items()
-            for key, value in self._adamw.state.get(master, {}).items()
+            for key, value in self._rule.state(master).items()
         }
-        rounded = (name for name, parameter in self._named.items() if parameter.dtype != torch.float32)
-        return state | {f"{n}.master": whole_of_part(self._masters[n].detach(), self._named[n]) for n in rounded}
+        rounded = (n for n, parameter in self._named.items() if self.averages or parameter.dtype != torch.float32)
+        trained = {name: self._trained.get(name, self._masters[name].detach()) for name in rounded}
+        return state | {f"{name}.master": whole_of_part(part, self._named[name]) for name, part in trained.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Undo `state_dict`, bit for bit. CheckpointError when the parameters are not the same ones."""
-        found = {key.rpartition(".")[0] for key in state}
+        endings = ("master", *sorted(self._rule.moments, key=len, reverse=True))
+        found = {next((key.removesuffix(f".{e}") for e in endings if key.endswith(f".{e}")), key) for key in state}
         if unknown := sorted(found - set(self._named)):
             raise CheckpointError(f"the optimizer state holds {unknown[0]!r}, which does not train here")
         for name, master in self._masters.items():
             parameter = self._named[name]
-            entry = {key: state[f"{name}.{key}"] for key in _MOMENTS if f"{name}.{key}" in state}
-            if (moment := entry.get("exp_avg")) is not None and moment.shape != parameter.shape:
-                raise CheckpointError(f"the optimizer state of {name!r} has shape {list(moment.shape)}")
-            entry = {key: part_of_whole(value, parameter).to(master.device, copy=True) for key, value in entry.items()}
+            entry = {key: state[f"{name}.{key}"] for key in self._rule.moments if f"{name}.{key}" in state}
+            for key in self._rule.shaped:
+                if (moment := entry.get(key)) is not None and moment.shape != parameter.shape:
+                    raise CheckpointError(f"the optimizer state of {name!r} has shape {list(moment.shape)}")
+                if moment is not None:
+                    entry[key] = part_of_whole(moment, parameter)
             if entry:
-                self._adamw.state[master] = entry
+                self._rule.load(master, {key: value.to(master.device, copy=True) for key, value in entry.items()})
             if f"{name}.master" in state:
                 master.data.copy_(part_of_whole(state[f"{name}.master"], parameter))
+        if self.averages:
+            self._copy_masters()

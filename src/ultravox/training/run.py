@@ -14,7 +14,7 @@ from ultravox.data.sources import require_not_shrunk
 from ultravox.errors import ConfigError
 from ultravox.files import atomic_folder, atomic_write
 from ultravox.model.factory import build_model, build_processor, save_model
-from ultravox.model.fast import use_fast_kernels
+from ultravox.model.performance import run_efficiently
 from ultravox.training import checkpoint as checkpoints
 from ultravox.training.checkpoint_store import CheckpointStore, download_newest, require_store
 from ultravox.training.engines.base import Engine, describe
@@ -82,7 +82,16 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         seed_everything(config.seed, "model")
         processor = build_processor(config.model)
         model = build_model(config.model).to(engine.device)
-        use_fast_kernels(model)
+        performance = config.performance
+        run_efficiently(
+            model,
+            attention=performance.attention,
+            compile_layers=performance.compile,
+            liger=performance.liger,
+            tf32=performance.tf32,
+            checkpoint_language_model=performance.checkpoint_language_model,
+            checkpoint_audio_encoder=performance.checkpoint_audio_encoder,
+        )
         require_objectives(config, model, processor)
         bases = base_models(config)  # after loading: only then is a hub model's commit known
         if start is not None:

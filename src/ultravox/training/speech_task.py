@@ -3,7 +3,7 @@
 import abc
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ultravox.training.batches import BatchMaker, SpeechBatch
 from ultravox.training.engines.shards import assign, whole
 from ultravox.training.examples import Example, ExampleTable
 from ultravox.training.features import augment
+from ultravox.training.flops import ModelFlops
 from ultravox.training.memory_model import MemoryModel, OfLongest
 from ultravox.training.optim import ParameterGroup
 from ultravox.training.rows import source_key
@@ -176,11 +177,22 @@ class SpeechTask(abc.ABC):
         if augmented:
             rate = self.model.audio_tower.frames_per_second
             frames = augment(frames, lengths, self.stage.augment, batch.augment_seed, rate)
-        return self._project(frames.to(self.model.device), lengths.to(self.model.device))
+        device = self.model.device
+        return self._project(frames.to(device, non_blocking=True), lengths.to(device, non_blocking=True))
 
     def _project(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         projected: tuple[Tensor, Tensor] = self.model.project(frames, lengths)
         return projected
+
+    @cached_property
+    def flops(self) -> ModelFlops:
+        """What a position takes. Asked once it is known what trains."""
+        return ModelFlops(self.model)
+
+    def audio_flops(self, batch: SpeechBatch) -> float:
+        """Of the batch's recordings, until the language model hears them."""
+        in_step = 0.0 if batch.encoded else self.flops.encoder(batch.audio_seconds)
+        return in_step + self.flops.projector(sum(map(sum, batch.audio_tokens)))
 
     def counted(self, batch: SpeechBatch, token_lengths: Tensor) -> SpeechBatch:
         """The batch with the positions that its windows have, where the projector decides how many."""

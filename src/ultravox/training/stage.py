@@ -26,6 +26,7 @@ from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
+from ultravox.training.peak_rate import peak_rate
 from ultravox.training.resume import (
     require_same,
 )
@@ -68,8 +69,8 @@ def train_stage(context: StageRun, start: checkpoints.Checkpoint | None) -> None
     config, stage, run, engine = context.config, context.stage, context.run, context.engine
     done = next((summary for summary in run.finished if summary["name"] == stage.name), None)
     seed_everything(config.seed, stage.name)
-    measured = stage.objective == "tune" and done is None and engine.is_main and engine.device.type == "cpu"
-    matmul = MatmulRate() if measured else None
+    rate = MatmulRate() if done is None and engine.is_main and engine.device.type == "cpu" else None
+    matmul = rate if stage.objective == "tune" else None  # what the stage is held against
     task = _make_task(context)
     if task.left_out and done is None:
         text = (
@@ -88,7 +89,13 @@ def train_stage(context: StageRun, start: checkpoints.Checkpoint | None) -> None
         memory = MemoryModel.from_json(engine.gather(memory.to_json())[0])  # one plan for all ranks
         task.limit_memory(memory, round(stage.max_batch_memory_gb * 1e9))
     optimizer = Optimizer(
-        groups, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, sum_over_ranks=engine.sum
+        groups,
+        weight_decay=optim.weight_decay,
+        betas=optim.betas,
+        eps=optim.eps,
+        rule=optim.optimizer,
+        fused=optim.fused,
+        sum_over_ranks=engine.sum,
     )
     if engine.rank:
         seed_everything(config.seed, f"{stage.name}, rank {engine.rank}")  # dropout of its own
@@ -128,7 +135,7 @@ def train_stage(context: StageRun, start: checkpoints.Checkpoint | None) -> None
         run_stage(
             task,
             optimizer,
-            _loop_settings(stage),
+            _loop_settings(config, stage, task, engine, rate),
             lambda at: loader.steps(_position(at)),
             state=state,
             callbacks=callbacks,
@@ -136,6 +143,7 @@ def train_stage(context: StageRun, start: checkpoints.Checkpoint | None) -> None
             stop=context.stop,
             engine=engine,
         )
+    optimizer.finish()
 
 
 def _make_task(context: StageRun) -> SpeechTask:
@@ -156,7 +164,8 @@ def _restore(
     engine, stage, saved = context.engine, context.stage, start.state
     where = checkpoints.checkpoint_folder(context.run_dir, stage.name, saved["step"])
     task.load_trainable_state(start.trainable)
-    optimizer.load_state_dict(start.optimizer)
+    if goes_on:
+        optimizer.load_state_dict(start.optimizer)
     mine = checkpoints.state_of_rank(saved, engine.rank, engine.world_size)
     if mine is not None:
         checkpoints.restore_random_state(mine["random"])
@@ -172,8 +181,13 @@ def _restore(
     return state
 
 
-def _loop_settings(stage: StageConfig) -> LoopSettings:
-    optim = stage.optim
+def _loop_settings(
+    config: RunConfig, stage: StageConfig, task: SpeechTask, engine: Engine, rate: MatmulRate | None
+) -> LoopSettings:
+    optim, performance, dtype = stage.optim, config.performance, task.model.dtype
+    peak = peak_rate(engine.device, dtype, performance.peak_tflops)
+    if peak is None and rate is not None and dtype == torch.float32:
+        peak = rate.best
     return LoopSettings(
         stage=stage.name,
         max_steps=stage.max_steps,
@@ -184,6 +198,9 @@ def _loop_settings(stage: StageConfig) -> LoopSettings:
         evaluate_every=stage.evaluate_every,
         checkpoint_every=stage.checkpoint_every,
         measure_every=stage.log_every,
+        scales_loss=dtype == torch.float16,
+        empty_cache_every=performance.empty_cache_every,
+        peak_flops=None if peak is None else peak * engine.world_size,
     )
 
 
@@ -231,7 +248,7 @@ def _loader(context: StageRun, task: SpeechTask) -> Loader:
         world_size=world_size,
         workers=options.workers,
         prefetch=options.prefetch,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=options.pin_memory and engine.device.type == "cuda",
     )
 
 

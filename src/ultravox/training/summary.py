@@ -10,11 +10,11 @@ from rich.console import Console
 from ultravox.config.schema import StageConfig
 from ultravox.data.order import Position
 from ultravox.training.engines.ranks import is_main_process
+from ultravox.training.flops import num_matmul_parameters
 from ultravox.training.measure import MatmulRate, memory_bytes, peak_memory_bytes
 from ultravox.training.speech import SpeechData
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.trainer import LoopState
-from ultravox.training.tune import num_matmul_parameters
 
 FORMAT_VERSION = 1
 

@@ -27,6 +27,10 @@ class LossOutput:
     """Further sums, each with a count of its own, for the log."""
     predictions: PredictionCounts | None = None
     """The best tokens against the labels, where the objective predicts tokens."""
+    num_positions: int = 0
+    """With padding."""
+    flops: float = 0.0
+    """Of the model's matrix products with its weights, forwards and backwards, for the positions without padding."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from ultravox.errors import UltravoxError
 from ultravox.metrics.token_predictions import PredictionCounts, pool_predictions
 from ultravox.training.engines.base import Engine
 from ultravox.training.interrupt import StopRequest, TrainingInterrupted
+from ultravox.training.loss_scale import FIRST_SCALE, LEAST_SCALE, next_scale
+from ultravox.training.memory import empty_cache
 from ultravox.training.optim import Optimizer, lr_factor
 from ultravox.training.splitting import run_with_splitting
 from ultravox.training.task import LoadedBatch, LoadedStep, LossOutput, Task, Transcript
@@ -39,6 +41,12 @@ class LoopSettings:
     """Steps between two looks at each part's gradient and update; 0 = never."""
     max_skipped_steps: int = 5
     """So many steps in a row without a finite loss and gradient end the run."""
+    scales_loss: bool = False
+    """Whether gradients are of 16 bits with 5 for the exponent: see `loss_scale`."""
+    empty_cache_every: int = 0
+    """Steps between two returns of freed memory; 0 = never."""
+    peak_flops: float | None = None
+    """FLOP per second that all ranks can at best; None = not known."""
 
     def evaluates_after(self, step: int) -> bool:
         """Whether it is time for a look at progress, apart from the one at the end; none just before that one."""
@@ -74,6 +82,10 @@ class LoopState:
     num_tokens: int = 0
     usual_loss: float = 0.0
     """Running mean, to tell a spike by; 0 before the first step."""
+    loss_scale: float = 1.0
+    """What losses are multiplied by before they run backwards, and gradients divided by afterwards."""
+    steps_at_scale: int = 0
+    """Taken since it was changed."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,10 +103,17 @@ class StepRecord:
     grad_norm: float
     audio_seconds: float
     num_tokens: int
+    """Positions without padding."""
     elapsed_seconds: float
     """In this stage, over all its resumptions."""
     data_wait_seconds: float = 0.0
     """In this step."""
+    num_positions: int = 0
+    """With padding."""
+    flops: float = 0.0
+    """Of the model's matrix products."""
+    peak_flops: float | None = None
+    """FLOP per second that the ranks can at best."""
     batches: Sequence[LoadedBatch] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     of_parts: dict[str, float] = field(default_factory=dict)
@@ -159,6 +178,8 @@ def run_stage(
     begin = time.monotonic() - state.seconds
     task.train_mode()
     with closing(load(state)) as steps:  # type: ignore[type-var]
+        if settings.scales_loss and not state.step:
+            state.loss_scale = FIRST_SCALE
         loop = _Loop(task, optimizer, settings, engine or Engine(), StopRequest() if stop is None else stop)
         loop.run(steps, state, begin, callbacks, save)
     return state
@@ -172,6 +193,8 @@ class _Counts:
     count: float = 0.0
     audio_seconds: float = 0.0
     num_tokens: int = 0
+    num_positions: int = 0
+    flops: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     means: dict[str, tuple[float, float]] = field(default_factory=dict)
     ids: list[str] = field(default_factory=list)
@@ -183,7 +206,14 @@ class _Counts:
         """One micro-batch."""
         found = [] if output.predictions is None else [output.predictions]
         more = _Counts(
-            output.sum.item(), output.count, output.audio_seconds, output.num_tokens, output.metrics, output.means
+            output.sum.item(),
+            output.count,
+            output.audio_seconds,
+            output.num_tokens,
+            output.num_positions,
+            output.flops,
+            output.metrics,
+            output.means,
         )
         self.join(more)
         self.predictions += found
@@ -194,6 +224,8 @@ class _Counts:
         self.count += other.count
         self.audio_seconds += other.audio_seconds
         self.num_tokens += other.num_tokens
+        self.num_positions += other.num_positions
+        self.flops += other.flops
         for name, number in other.metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + number
         for name, (part, number) in other.means.items():
@@ -250,7 +282,10 @@ class _Loop:
                 signal_number = self.stop.signal_number
             due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
             if last or signal_number is not None or due:
-                save(state)
+                with self.optimizer.averaged():
+                    save(state)
+            if settings.empty_cache_every and state.step % settings.empty_cache_every == 0:
+                empty_cache(self.engine.device)
             if signal_number is not None and not last:
                 raise TrainingInterrupted(signal_number)
 
@@ -260,17 +295,25 @@ class _Loop:
         mine = _Counts()
         for batch in (item.batch for item in loaded.batches):
             mine.ids += batch.ids
-            for output in self._outputs(batch, mine.splits):
+            for output in self._outputs(batch, mine.splits, state.loss_scale):
                 mine.add(output)
         mine.signal_number = self.stop.signal_number
         counts = _Counts()
         for found in self.engine.gather(mine):
             counts.join(found)
         state.epoch, state.window, state.batch = loaded.after
-        norm = self._update(state.step, counts)
+        scale = state.loss_scale
+        norm = self._update(state.step, counts, scale)
         state.step += 1
         taken = math.isfinite(norm)
-        state.skipped_in_row = 0 if taken else state.skipped_in_row + 1
+        overflowed = not taken and self.settings.scales_loss and math.isfinite(counts.loss_sum) and counts.count > 0
+        if self.settings.scales_loss:
+            state.loss_scale, state.steps_at_scale = next_scale(scale, state.steps_at_scale, overflowed=overflowed)
+            counts.means["loss_scale"] = (scale, 1.0)
+        if taken:
+            state.skipped_in_row = 0
+        elif not (overflowed and scale > LEAST_SCALE):  # the search for the right scale is no fault of the data
+            state.skipped_in_row += 1
         state.skipped += not taken
         state.audio_seconds += counts.audio_seconds
         state.num_tokens += counts.num_tokens
@@ -289,6 +332,9 @@ class _Loop:
             audio_seconds=counts.audio_seconds,
             num_tokens=counts.num_tokens,
             elapsed_seconds=0.0,
+            num_positions=counts.num_positions,
+            flops=counts.flops,
+            peak_flops=self.settings.peak_flops,
             batches=loaded.batches,
             metrics={name: number / counts.count for name, number in counts.metrics.items() if counts.count}
             | {name: part / number for name, (part, number) in counts.means.items() if number},
@@ -300,9 +346,9 @@ class _Loop:
             signal_number=counts.signal_number,
         )
 
-    def _outputs(self, batch: Any, splits: list[list[str]]) -> list[LossOutput]:
+    def _outputs(self, batch: Any, splits: list[list[str]], scale: float) -> list[LossOutput]:
         """Forwards and backwards through a batch, in halves where it does not fit into memory."""
-        run = partial(_forward_and_backward, self.task, self.engine)
+        run = partial(_forward_and_backward, self.task, self.engine, scale)
         if self.engine.is_sharded:  # halves of one rank would be passes that the other ranks do not make
             return [run(batch)]
         return run_with_splitting(
@@ -313,7 +359,7 @@ class _Loop:
             parameters=self.optimizer.parameters,
         )
 
-    def _update(self, step: int, counts: _Counts) -> float:
+    def _update(self, step: int, counts: _Counts, scale: float) -> float:
         """The gradient's norm before clipping; where it, or the loss, is not finite on any rank, none is updated."""
         settings = self.settings
         self.engine.reduce(self.optimizer.parameters)
@@ -322,7 +368,7 @@ class _Loop:
         every = settings.measure_every
         measure = bool(every) and ((step + 1) % every == 0 or step + 1 == settings.max_steps)
         return self.optimizer.step(
-            divisor=counts.count,
+            divisor=counts.count * scale,
             max_grad_norm=settings.max_grad_norm,
             lr_factor=settings.lr_factor(step),
             measure=measure,
@@ -332,7 +378,7 @@ class _Loop:
         """Look at progress without disturbing training: the random state is put back. Each rank does all of it."""
         start = time.monotonic()
         devices = [self.engine.device] if self.engine.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.engine.whole_weights():
+        with torch.random.fork_rng(devices), self.optimizer.averaged(), self.engine.whole_weights():
             metrics = self.task.evaluate()
         self.task.train_mode()
         state.evaluation_seconds += time.monotonic() - start
@@ -342,10 +388,10 @@ class _Loop:
                 callback.on_transcripts(self.settings.stage, state.step, self.task.transcripts())
 
 
-def _forward_and_backward(task: Task, engine: Engine, batch: Any) -> LossOutput:
-    """Loss of a batch, whose gradients are added to what is there; the graph is gone afterwards."""
+def _forward_and_backward(task: Task, engine: Engine, scale: float, batch: Any) -> LossOutput:
+    """Loss of a batch, whose gradients, `scale` times as large, are added to what is there; the graph is gone after."""
     output = task.loss(batch)
     if output.sum.requires_grad and (engine.is_sharded or math.isfinite(output.sum.item())):
-        engine.backward(output.sum)
+        engine.backward(output.sum if scale == 1 else output.sum * scale)
     output.sum = output.sum.detach()
     return output

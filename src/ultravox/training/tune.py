@@ -16,12 +16,13 @@ from ultravox.data.order import PlannedBatch, Position
 from ultravox.errors import DataError
 from ultravox.metrics.error_rate import character_errors, word_error_rate
 from ultravox.metrics.token_predictions import count_predictions, pool_predictions
-from ultravox.model.adapters import LoraLinear, lora_layers, merged_lora
+from ultravox.model.adapters import LoraLinear, merged_lora
 from ultravox.model.boundaries import with_boundaries
 from ultravox.model.fusion import check_counts
 from ultravox.model.packing import Packer, find_packer
 from ultravox.objectives.cross_entropy import best_tokens, cross_entropy_with_best, next_token_positions
 from ultravox.objectives.token_losses import TokenWeights, token_losses_of_hidden
+from ultravox.tokens import IGNORE_INDEX
 from ultravox.training.audio_learning import EndOfAudio, NextFrames
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.end_of_audio_look import end_of_audio_metrics
@@ -138,6 +139,10 @@ class TuneTask(SpeechTask):
         batch, hidden = (batch, None) if self.next_frames is None else self.next_frames.hide(batch)
         states = self._states(batch, training=True)
         output = LossOutput(states.hidden.new_zeros(()), 0, batch.audio_seconds, states.tokens.num_tokens)
+        output.num_positions = states.places.numel()
+        output.flops = self.audio_flops(batch) + self.flops.language_model(
+            output.num_tokens, int((states.labels != IGNORE_INDEX).sum())
+        )
         if self.weights.cross_entropy or self.weights.distillation:
             rows, output.sum, output.means = self._token_losses(states, batch)
             output.predictions = pool_predictions([count_predictions(*row) for row in rows])
@@ -367,12 +372,3 @@ def _with_text_of_next(batch: SpeechBatch) -> SpeechBatch:
     """Each row's recording with the conversation of the row after it."""
     ids, supervised = batch.input_ids, batch.supervised
     return replace(batch, input_ids=[*ids[1:], ids[0]], supervised=[*supervised[1:], supervised[0]])
-
-
-def num_matmul_parameters(language_model: nn.Module) -> int:
-    """Parameters of the language model that a token is multiplied with: without embeddings and adapters."""
-    tables = {id(p) for m in language_model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = language_model.get_output_embeddings()  # type: ignore[operator]
-    tables |= {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    tables |= {id(p) for layer in lora_layers(language_model).values() for p in (layer.lora_A, layer.lora_B)}
-    return sum(parameter.numel() for parameter in language_model.parameters() if id(parameter) not in tables)

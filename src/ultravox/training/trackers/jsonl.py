@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ultravox.files import atomic_write
-from ultravox.training.measure import memory_bytes
+from ultravox.training.measure import memory_in_use
 from ultravox.training.trackers.window import Window
 from ultravox.training.trainer import StepRecord
 
@@ -40,7 +40,7 @@ class JsonLinesLog:
             lr = record.lr.get("projector", max(record.lr.values(), default=0.0))
             rates = {f"lr_{part}": rate for part, rate in record.lr.items()}
             extra = {"lr": lr, **rates, "grad_norm": record.grad_norm, "elapsed_seconds": record.elapsed_seconds}
-            self._write(record.stage, record.step, {**row, **extra, **record.of_parts, "memory_bytes": memory_bytes()})
+            self._write(record.stage, record.step, {**row, **extra, **record.of_parts, **memory_in_use()})
 
     def on_evaluation(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         self._write(stage, step, {**metrics, "elapsed_seconds": self._elapsed})

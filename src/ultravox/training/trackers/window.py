@@ -15,6 +15,8 @@ class Window:
 
     audio_seconds: float = 0.0
     num_tokens: int = 0
+    num_positions: int = 0
+    flops: float = 0.0
     loss: float = 0.0
     data_wait_seconds: float = 0.0
     steps: int = 0
@@ -26,6 +28,8 @@ class Window:
         """Take in a step. Steps that were not taken have no loss worth averaging."""
         self.audio_seconds += record.audio_seconds
         self.num_tokens += record.num_tokens
+        self.num_positions += record.num_positions
+        self.flops += record.flops
         self.data_wait_seconds += record.data_wait_seconds
         if record.skipped_ids is None:
             self.steps += 1
@@ -44,6 +48,7 @@ class Window:
             "audio_seconds_per_second": self.audio_seconds / seconds,
             "tokens_per_second": self.num_tokens / seconds,
             "data_wait_share": self.data_wait_seconds / seconds,
+            **self._utilisation(record, seconds),
             **{name: value / steps for name, value in self.metrics.items()},
         }
         if self.predictions is not None:
@@ -53,6 +58,17 @@ class Window:
             row["next_frame_skill"] = 1 - row["next_frame"] / row["next_frame_copied"]
         self.__init__(start=record.elapsed_seconds)  # type: ignore[misc]
         return row
+
+    def _utilisation(self, record: StepRecord, seconds: float) -> dict[str, float]:
+        """What of the positions was padding, and of what the device can was used, as far as they are known."""
+        found = {}
+        if self.num_positions:
+            found["padding_share"] = 1 - self.num_tokens / self.num_positions
+        if self.flops:
+            found["model_tflops"] = self.flops / seconds / 1e12
+            if record.peak_flops:
+                found["model_flop_utilisation"] = self.flops / seconds / record.peak_flops
+        return found
 
 
 def row_of(window: Window, record: StepRecord) -> dict[str, float]:
