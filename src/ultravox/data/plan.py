@@ -72,7 +72,7 @@ def require_budget(longest: int, max_batch_tokens: int) -> None:
     if longest > max_batch_tokens:
         raise DataError(
             f"the longest example has {longest} tokens, but max_batch_tokens is {max_batch_tokens}: "
-            f"raise max_batch_tokens or lower data.max_audio_seconds"
+            "raise max_batch_tokens or lower data.max_audio_seconds"
         )
 
 

@@ -44,7 +44,7 @@ def run_efficiently(
     for encoder in encoders if checkpoint_audio_encoder else ():
         checkpoint_activations(encoder, "checkpoint_audio_encoder")
     if compile_layers:
-        _require_compiler(model.device)
+        require_compiler(model.device, "performance.compile")
         trains = any(parameter.requires_grad for parameter in model.audio_tower.parameters())
         for part in [language_model, *(encoders if trains else [])]:
             for layer in layers_of(part):
@@ -58,7 +58,9 @@ def checkpoint_activations(model: PreTrainedModel, key: str) -> None:
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(f"performance.{key}: transformers cannot do that with {type(model).__name__}; drop it")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.0 has the old name alone, later ones warn of it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def choose_attention(language_model: PreTrainedModel, name: str) -> None:
@@ -110,9 +112,8 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     raise ConfigError(f"performance.compile: {type(model).__name__} has no list of layers; drop it")
 
 
-def _require_compiler(device: torch.device) -> None:
+def require_compiler(device: torch.device, what: str) -> None:
+    """ConfigError: `what` uses torch.compile, for which there is no compiler here."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        raise ConfigError(
-            f"performance.compile needs a C++ compiler on a CPU, and there is no {compiler}: install g++, or drop it"
-        )
+        raise ConfigError(f"{what} needs a C++ compiler on a CPU, and there is no {compiler}: install g++, or drop it")

@@ -2,10 +2,10 @@
 
 The loss is multiplied so that small gradients do not vanish, by as much as none overflows: an infinite gradient lets
 the step be left out and the scale be halved, and a long time without one doubles it. The numbers are those of
-`torch.amp.GradScaler` but for the first: losses are sums over a batch here, so that gradients are large already.
+`torch.amp.GradScaler` but for the first: losses are sums over a batch here, of some thousand times the usual mean.
 """
 
-FIRST_SCALE = 1024.0
+FIRST_SCALE = 16.0
 GROWTH_INTERVAL = 2000
 LEAST_SCALE = 2.0**-14
 

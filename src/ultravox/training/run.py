@@ -81,17 +81,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         # 2. The model; its fresh weights are a function of the seed
         seed_everything(config.seed, "model")
         processor = build_processor(config.model)
-        model = build_model(config.model).to(engine.device)
-        performance = config.performance
-        run_efficiently(
-            model,
-            attention=performance.attention,
-            compile_layers=performance.compile,
-            liger=performance.liger,
-            tf32=performance.tf32,
-            checkpoint_language_model=performance.checkpoint_language_model,
-            checkpoint_audio_encoder=performance.checkpoint_audio_encoder,
-        )
+        model = _build_model(config, engine)
         require_objectives(config, model, processor)
         bases = base_models(config)  # after loading: only then is a hub model's commit known
         if start is not None:
@@ -149,6 +139,21 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
             summary = run_summary(run, data, begin) | {"engine": describe(engine)}
             atomic_write(run_dir / "train.json", json.dumps(summary, indent=2) + "\n")
     return run_dir
+
+
+def _build_model(config: RunConfig, engine: Engine) -> Any:
+    """On its device, in the form in which it trains."""
+    model, performance = build_model(config.model).to(engine.device), config.performance
+    run_efficiently(
+        model,
+        attention=performance.attention,
+        compile_layers=performance.compile,
+        liger=performance.liger,
+        tf32=performance.tf32,
+        checkpoint_language_model=performance.checkpoint_language_model,
+        checkpoint_audio_encoder=performance.checkpoint_audio_encoder,
+    )
+    return model
 
 
 def _take_folder(config: RunConfig, names: Sequence[str], stack: ExitStack, *, resume: bool, overwrite: bool) -> None:

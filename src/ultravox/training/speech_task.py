@@ -18,7 +18,7 @@ from ultravox.data.mixture import Mixture
 from ultravox.data.order import DataOrder, PlannedBatch, Position
 from ultravox.data.plan import Limits, Mode
 from ultravox.data.stream_order import StreamOrder
-from ultravox.errors import CheckpointError
+from ultravox.errors import CheckpointError, DataError
 from ultravox.metrics.error_rate import character_errors, word_error_rate
 from ultravox.metrics.overlap import bleu, chrf, sacrebleu_is_installed
 from ultravox.training.batches import BatchMaker, SpeechBatch
@@ -81,14 +81,17 @@ class SpeechTask(abc.ABC):
     def _planned(self, limits: Limits) -> DataOrder | StreamOrder:
         if self.data.stream is not None:
             return self.data.stream.order(self._select, limits, seed=self.seed, sources=self.stream_sources)
-        return DataOrder(
-            self.audio_tokens,
-            self.text_tokens,
-            self._mixture(),
-            limits,
-            seed=self.seed,
-            fingerprint=fingerprint([repr(self.data.fingerprints), self.examples.numbers.tobytes().hex()]),
-        )
+        try:
+            return DataOrder(
+                self.audio_tokens,
+                self.text_tokens,
+                self._mixture(),
+                limits,
+                seed=self.seed,
+                fingerprint=fingerprint([repr(self.data.fingerprints), self.examples.numbers.tobytes().hex()]),
+            )
+        except DataError as error:
+            raise DataError(f"stage {self.stage.name}: {error}") from error
 
     @property
     def stream_sources(self) -> list[int]:

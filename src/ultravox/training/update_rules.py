@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ultravox.errors import CheckpointError, ConfigError
+from ultravox.model.performance import require_compiler
 
 Groups = Sequence[dict[str, Any]]
 """`params`, `lr` and `weight_decay` of each."""
@@ -98,6 +99,7 @@ class EightBitRule(UpdateRule):
     moments = ("step", *(f"{m}{part}" for m in ("exp_avg", "exp_avg_sq") for part in ("", ".codes", ".scale")))
 
     def _make(self, groups: Groups, betas: tuple[float, float], eps: float, *, fused: bool) -> Any:
+        require_compiler(groups[0]["params"][0].device, "optim.optimizer adamw_8bit")
         return _import("torchao.optim", "adamw_8bit").AdamW8bit(list(groups), betas=betas, eps=eps)
 
     def set_rates(self, factor: float) -> None:
@@ -144,5 +146,5 @@ def _import(module: str, optimizer: str) -> Any:
         package = module.partition(".")[0]
         raise ConfigError(
             f"optim.optimizer {optimizer} is {package}'s, which is not installed ({error}): pip install "
-            "'ultravox[optimizers]', or choose adamw"
+            f"'ultravox[{package}]', or choose adamw"
         ) from error
