@@ -144,7 +144,7 @@ def test_a_limit_that_no_example_fits_is_one_clear_error(parts, tmp_path):
         run_training(tune_config(parts, tmp_path / "run", max_batch_memory_gb=1e-9))
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith("the largest example (")
+    assert message.startswith("stage tune: the largest example (")
     assert "but a batch may take 0.00 GB" in message
     assert "max_batch_memory_gb" in message
 
