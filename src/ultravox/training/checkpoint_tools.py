@@ -1,7 +1,7 @@
 """What can be done with training checkpoints beside going on from them: look, compare hashes, average, make a model."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def average(checkpoints: Sequence[Checkpoint]) -> dict[str, Tensor]:
     }
 
 
-def write_model(trainable: dict[str, Tensor], state: dict[str, Any], output: Path) -> None:
+def write_model(trainable: Mapping[str, Tensor], state: dict[str, Any], output: Path) -> None:
     """A model in the public form, of a checkpoint's configuration with these weights.
 
     Args:

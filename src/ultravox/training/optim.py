@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ultravox.errors import CheckpointError
-from ultravox.training.engines.shards import is_shard, local_part, part_of_whole, whole_of_part
+from ultravox.training.engines.shards import is_shard, local_part, part_of_whole, shard_of_part
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -163,18 +163,27 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter name>.{step, exp_avg, exp_avg_sq}`, and `.master` where the parameter is not float32.
 
-        Whole tensors on each rank, however they are sharded.
+        Sharded as the parameters are.
         """
         state = {
-            f"{name}.{key}": whole_of_part(value, self._named[name])
+            f"{name}.{key}": shard_of_part(value, self._named[name])
             for name, master in self._masters.items()
             for key, value in self._adamw.state.get(master, {}).items()
         }
         rounded = (name for name, parameter in self._named.items() if parameter.dtype != torch.float32)
-        return state | {f"{n}.master": whole_of_part(self._masters[n].detach(), self._named[n]) for n in rounded}
+        return state | {f"{n}.master": shard_of_part(self._masters[n].detach(), self._named[n]) for n in rounded}
+
+    def targets(self) -> dict[str, Tensor]:
+        """Of each tensor that `state_dict` may hold, the parameter whose shape and sharding it has."""
+        keys = (*_MOMENTS[1:], "master")
+        return {f"{name}.{key}": parameter.detach() for name, parameter in self._named.items() for key in keys}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Undo `state_dict`, bit for bit. CheckpointError when the parameters are not the same ones."""
+        """Undo `state_dict`, bit for bit, of whole tensors or of ones that are sharded alike.
+
+        Raises:
+            CheckpointError: the parameters are not the same ones.
+        """
         found = {key.rpartition(".")[0] for key in state}
         if unknown := sorted(found - set(self._named)):
             raise CheckpointError(f"the optimizer state holds {unknown[0]!r}, which does not train here")

@@ -16,7 +16,7 @@ from ultravox.files import atomic_folder, atomic_write
 from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.fast import use_fast_kernels
 from ultravox.training import checkpoint as checkpoints
-from ultravox.training.checkpoint_store import CheckpointStore, download_newest, require_store
+from ultravox.training.checkpoint_store import download_newest, require_store
 from ultravox.training.engines.base import Engine, describe
 from ultravox.training.engines.factory import build_engine
 from ultravox.training.engines.ranks import in_turn
@@ -34,6 +34,7 @@ from ultravox.training.resume import (
 from ultravox.training.rows import source_key, source_spec
 from ultravox.training.run_folder import clear, lock, require_free
 from ultravox.training.seeding import seed_everything
+from ultravox.training.sharded_store import load_for_engine, open_store
 from ultravox.training.speech import SpeechData, prepare_speech, trainable_of
 from ultravox.training.stage import StageRun, train_stage
 from ultravox.training.stream import prepare_stream
@@ -71,7 +72,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         if engine.is_main:
             _take_folder(config, names, stack, resume=resume, overwrite=overwrite)
         found = engine.gather(checkpoints.list_checkpoints(run_dir, names))[0]
-        start = checkpoints.load_checkpoint(found[-1]) if resume else None
+        start = load_for_engine(found[-1], engine) if resume else None
         if start is not None:
             require_same_config(start.state["config"], deciding_keys(config), found[-1])
 
@@ -118,7 +119,8 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         has_trackers = engine.is_main and not finished
         tracking = stack.enter_context(make_tracking(config, credentials, resume=resume, has_trackers=has_trackers))
         stop = stack.enter_context(stop_on_signals())
-        store = stack.enter_context(CheckpointStore.from_config(run_dir, names, config.checkpoints))
+        store = open_store(run_dir, names, config.checkpoints, engine, config.engine.timeout_seconds)
+        stack.enter_context(store)
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
