@@ -66,7 +66,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     manifest = read_manifest(folder)
     verify_files(folder, list(manifest["sha256"]))
     if manifest["version"] == PARTS_VERSION:
-        trainable, optimizer = (StoredTensors(folder, kind).whole() for kind in KINDS)
+        trainable, optimizer = (stored.whole() for stored in stored_tensors(folder))
         return Checkpoint(trainable, optimizer, read_state(folder))
     try:
         tensors = [load_file(folder / name) for name in FILES[:2]]
@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Version and SHA-256 of each file: of `FILES`, or of the state and of parts, and of no other files of tensors.
+    """Version and SHA-256 of each file: of `FILES`, or of the state and of parts, and the shapes of these.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another version.
@@ -92,12 +92,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / MANIFEST} holds no hashes: delete {folder} and resume again")
     if version == FORMAT_VERSION:
         return {"version": version, "sha256": {name: hashes.get(name) for name in FILES}}
+    shapes = manifest.get("shapes")
+    if not (isinstance(shapes, dict) and all(isinstance(shapes.get(kind), dict) for kind in KINDS)):
+        raise CheckpointError(f"{folder / MANIFEST} holds no shapes: delete {folder} and resume again")
     if odd := sorted(name for name in hashes if name != STATE and not PART.fullmatch(name)):
         raise CheckpointError(f"{folder / MANIFEST} names {odd[0]}, which is no file of a checkpoint")
     there = {path.name for path in folder.glob("*.safetensors")}
     if odd := sorted(there - set(hashes)):
         raise CheckpointError(f"{folder / odd[0]} is not in {MANIFEST}: take it away, it is not of this checkpoint")
-    return {"version": version, "sha256": {STATE: None, **hashes}}
+    return {"version": version, "sha256": {STATE: None, **hashes}, "shapes": shapes}
 
 
 def verify_files(folder: Path, names: Sequence[str]) -> None:
@@ -112,6 +115,13 @@ def verify_files(folder: Path, names: Sequence[str]) -> None:
                 f"{path} is damaged (its SHA-256 is not the one in manifest.json): "
                 f"delete {folder} to resume from the checkpoint before it"
             )
+
+
+def stored_tensors(folder: Path) -> tuple[StoredTensors, StoredTensors]:
+    """What trains and the optimizer's, of a checkpoint in parts that is verified. CheckpointError: they do not fit."""
+    shapes = read_manifest(folder)["shapes"]
+    trainable, optimizer = (StoredTensors(folder, kind, shapes[kind]) for kind in KINDS)
+    return trainable, optimizer
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ultravox.training.checkpoint import (
     load_checkpoint,
     read_manifest,
     read_state,
+    stored_tensors,
     verify_files,
 )
 from ultravox.training.checkpoint_store import CheckpointStore
@@ -127,13 +128,17 @@ def save_in_parts(folder: Path, checkpoint: Checkpoint, ranks: WritingRanks) -> 
 
         temporary = Path(ranks.agree(begin)[0])
 
-        def write() -> dict[str, str]:
+        def look() -> None:  # not where it writes, which is collective: all must come to that, or none
             if not temporary.is_dir():
                 raise CheckpointError(
                     f"{temporary.parent} is not the first rank's: with engine.kind fsdp2 each rank writes its part, so "
                     "put run_dir on storage that all machines share"
                 )
-            tensors = dict(zip(KINDS, (checkpoint.trainable, checkpoint.optimizer), strict=True))
+
+        ranks.agree(look)
+        tensors = dict(zip(KINDS, (checkpoint.trainable, checkpoint.optimizer), strict=True))
+
+        def write() -> dict[str, str]:
             with explain_full_disk(folder):
                 names = write_parts(temporary, tensors, ranks.group)
             return {name: sha256_file(temporary / name) for name in names}
@@ -145,7 +150,8 @@ def save_in_parts(folder: Path, checkpoint: Checkpoint, ranks: WritingRanks) -> 
                 with explain_full_disk(folder):
                     (temporary / STATE).write_text(json.dumps(checkpoint.state, indent=1))
                     hashes[STATE] = sha256_file(temporary / STATE)
-                    content = {"version": PARTS_VERSION, "sha256": hashes}
+                    shapes = {kind: {name: list(t.shape) for name, t in tensors[kind].items()} for kind in KINDS}
+                    content = {"version": PARTS_VERSION, "sha256": hashes, "shapes": shapes}
                     (temporary / MANIFEST).write_text(json.dumps(content, indent=1))
             stack.close()  # the first rank waits for the disk, and gives the folder its name
 
@@ -169,8 +175,7 @@ def load_for_engine(folder: Path, engine: Engine) -> Checkpoint:
         fault = str(error)
     if faults := [fault for fault in engine.gather(fault) if fault is not None]:
         raise CheckpointError(faults[0])
-    trainable, optimizer = (StoredTensors(folder, kind) for kind in KINDS)
-    return Checkpoint(trainable, optimizer, read_state(folder))
+    return Checkpoint(*stored_tensors(folder), read_state(folder))
 
 
 def parts_like(stored: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

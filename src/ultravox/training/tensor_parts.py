@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +76,23 @@ def write_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], group
 class StoredTensors(Mapping[str, Tensor]):
     """One kind of a folder's tensors, read when they are asked for."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> None:
         """Args:
         folder: in which all files of parts are whole.
         kind: of KINDS.
+        shapes: of the whole tensors. A part says where it begins, and not how much follows the last one.
 
         Raises:
-            CheckpointError: a file that is none of parts, or parts that do not make up their tensors.
+            CheckpointError: a file that is none of parts, or parts that do not make up the tensors.
         """
         self._folder, self._kind = folder, kind
-        found = self._metadata()
-        for name, tensor in found.items():
-            if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
-                raise CheckpointError(f"{folder} lacks parts of {name}: copy the whole checkpoint again")
-        prefix = f"{kind}/"
+        found, prefix = self._metadata(), f"{kind}/"
         self._found = {name.removeprefix(prefix): found[name] for name in sorted(found) if name.startswith(prefix)}
+        for name in sorted({*shapes, *self._found}):
+            tensor = self._found.get(name)
+            count = -1 if tensor is None else sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+            if tensor is None or list(tensor.size) != shapes.get(name) or count != math.prod(tensor.size):
+                raise CheckpointError(f"{folder} does not hold all of {kind} {name}: copy the whole checkpoint again")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
