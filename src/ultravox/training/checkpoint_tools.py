@@ -56,6 +56,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "epoch": state["loop"]["epoch"],
         "seconds": state["run"]["seconds"],
         "ranks": 1 + len(state.get("other_ranks", [])),
+        "parts": len(list(folder.glob("trainable*.safetensors"))),
         "metrics": state.get("metrics", {}),
         "trainable_parameters": dict(parts),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.trainable.values()}),
