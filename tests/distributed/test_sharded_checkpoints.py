@@ -121,7 +121,7 @@ def test_training_goes_on_while_parts_are_written(tmp_path):
             return real(*args)
 
         module.write_parts = slow
-        with open_store(tmp_path, ["toy"], CheckpointsConfig(), engine, 20) as store:
+        with open_store(tmp_path, ["toy"], CheckpointsConfig(), engine) as store:
             store.save("toy", 1, run.checkpoint(1))
             run.step(2)  # collective, on both, while the threads of both wait
             assert not list_checkpoints(tmp_path, ["toy"])

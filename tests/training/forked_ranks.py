@@ -127,7 +127,7 @@ def train(
     run = ToyRun(engine)
     found = engine.gather(list_checkpoints(run_dir, ["toy"]))[0]
     begin = run.restore(found[-1]) if found else 0
-    with open_store(run_dir, ["toy"], CheckpointsConfig(keep_last=keep), engine, TIMEOUT_SECONDS) as store:
+    with open_store(run_dir, ["toy"], CheckpointsConfig(keep_last=keep), engine) as store:
         for number in range(begin, steps):
             run.step(number)
             at_step(number + 1)

@@ -19,6 +19,8 @@ def deciding_keys(config: RunConfig) -> dict[str, Any]:
     content = config.model_dump(mode="json")
     progress_clips = content["evaluation"]["num_progress_clips"]
     content = {key: value for key, value in content.items() if key not in FREE_KEYS}
+    if content["init_from"] is None:  # as in checkpoints that know no such key
+        del content["init_from"]
     for key in FREE_DATA_KEYS:
         content["data"].pop(key)
     for stage in content["stages"]:

@@ -22,6 +22,7 @@ from ultravox.training.engines.factory import build_engine
 from ultravox.training.engines.ranks import in_turn
 from ultravox.training.engines.shards import whole
 from ultravox.training.identity import base_models, deciding_keys
+from ultravox.training.init_from import begin_from, find_start
 from ultravox.training.interrupt import stop_on_signals
 from ultravox.training.preflight import preflight, require_objectives, require_transcripts, tell_idle_rates
 from ultravox.training.resume import (
@@ -75,7 +76,6 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         start = load_for_engine(found[-1], engine) if resume else None
         if start is not None:
             require_same_config(start.state["config"], deciding_keys(config), found[-1])
-
         credentials = preflight(config)
         stack.enter_context(exported(credentials))
         require_transcripts(config)
@@ -88,13 +88,14 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         bases = base_models(config)  # after loading: only then is a hub model's commit known
         if start is not None:
             require_same(start.state["base_models"], bases, "a base model", found[-1])
+        begun = begin_from(config.init_from, run_dir, model, config.model, bases) if start is None else None
 
         # 3. The data: clips, tokens, features of the frozen encoder
         with in_turn(engine.rank, engine.world_size):
             data = _prepare(config, engine, model, processor)
         engine.prepare(model)
         data.trainable = trainable_of(model)
-        run = RunState(feature_cache_seconds=data.cache_report.seconds)
+        run = RunState(feature_cache_seconds=data.cache_report.seconds, init_from=begun)
         if start is not None:
             for source in config.data.sources:
                 key = source_key(source)
@@ -119,8 +120,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         has_trackers = engine.is_main and not finished
         tracking = stack.enter_context(make_tracking(config, credentials, resume=resume, has_trackers=has_trackers))
         stop = stack.enter_context(stop_on_signals())
-        store = open_store(run_dir, names, config.checkpoints, engine, config.engine.timeout_seconds)
-        stack.enter_context(store)
+        store = stack.enter_context(open_store(run_dir, names, config.checkpoints, engine))
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
@@ -152,6 +152,8 @@ def _take_folder(config: RunConfig, names: Sequence[str], stack: ExitStack, *, r
     lock(run_dir, stack)
     if not resume:
         require_free(run_dir, overwrite=overwrite)
+        if config.init_from is not None:
+            find_start(config.init_from, run_dir)
     if upload is not None:
         require_store(upload)
         if resume and not checkpoints.list_checkpoints(run_dir, names):

@@ -100,13 +100,11 @@ class ShardedCheckpointStore(CheckpointStore):
             self._after(folder)
 
 
-def open_store(
-    run_dir: Path, stages: Sequence[str], config: CheckpointsConfig, engine: Engine, timeout_seconds: float
-) -> CheckpointStore:
+def open_store(run_dir: Path, stages: Sequence[str], config: CheckpointsConfig, engine: Engine) -> CheckpointStore:
     """The store of a run's checkpoints: in parts, where the engine's ranks hold parts. All ranks must call it."""
     if not engine.is_sharded:
         return CheckpointStore.from_config(run_dir, stages, config)
-    ranks = WritingRanks(engine.rank, timeout_seconds)
+    ranks = WritingRanks(engine.rank, engine.timeout_seconds)
     return ShardedCheckpointStore.from_config(run_dir, stages, config, ranks=ranks)
 
 

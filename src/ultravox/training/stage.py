@@ -214,6 +214,7 @@ def _checkpoint_content(context: StageRun, task: SpeechTask, state: LoopState) -
             "feature_cache_seconds": run.feature_cache_seconds,
             "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes()),
             "finished": run.finished,
+            "init_from": run.init_from,
         },
     }
 
