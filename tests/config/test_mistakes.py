@@ -54,7 +54,7 @@ def test_all_mistakes_are_said_a_line_each(write):
     lines = mistakes(write, "stages: 3\nmodel: 4\nextra: 5\n", "--seed", "-1")
     assert lines == [
         "run.yaml:3: unknown key 'extra'; known here: version, run_dir, seed, model, data, stages, evaluation, "
-        "logging, device, performance, engine, checkpoints",
+        "logging, device, performance, engine, checkpoints, init_from",
         "command line: --seed: expected an integer ≥ 0, < 4294967296, got -1",
         "run.yaml:2: model: expected a section of keys (language_model, audio_encoder, stack_factor, …), got 4",
         "run.yaml:1: stages: expected a list of sections of keys (name, objective, max_steps, …), got 3",

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_run import tiny_config
 from two_ranks import finish, start, train
@@ -129,13 +131,31 @@ def test_a_run_goes_on_with_another_number_of_ranks(parts, tmp_path):
     assert samples(run) == samples(tmp_path / "whole")
 
 
-def test_the_same_ranks_go_on_bit_for_bit(parts, tmp_path):
-    config = write_config(parts, tmp_path, "run", steps=(2, 60), kind="fsdp2")
-    train_well(write_config(parts, tmp_path, "whole", steps=(2, 60), kind="fsdp2"), 2)
-    for code, output in stop_at(start(["-m", "ultravox", "train", str(config)], 2), tmp_path / "run", 6, 0):
+def test_the_same_ranks_go_on_bit_for_bit(parts, tmp_path, capsys):
+    config = write_config(parts, tmp_path, "run", steps=(2, 30), kind="fsdp2")
+    train_well(write_config(parts, tmp_path, "whole", steps=(2, 30), kind="fsdp2"), 2)
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    for code, output in stop_at(start(["-m", "ultravox", "train", str(config)], 2), run, 6, 0):
         assert code == 143, output
+    shutil.copytree(run, alone)
     train_well(config, 2, "--resume")
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole")
+
+    # What two ranks have written in parts, one process goes on from, and every command takes
+    train_well(config, 1, "--resume", "--run_dir", str(alone), "--engine.kind", "single")
+    assert losses(alone) == pytest.approx(losses(run), rel=SAME)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["checkpoint", "inspect", str(run), "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["ranks"], row["parts"]) for row in found] == [(2, 2)] * len(found)
+    for command, *more in (["convert"], ["average", "--last", "2"]):
+        assert main(["checkpoint", command, str(run), *more, "--output", str(tmp_path / command)]) == 0
+    expected = load_file(run / "model" / "model.safetensors")
+    converted, averaged = (load_file(tmp_path / name / "model.safetensors") for name in ("convert", "average"))
+    assert converted.keys() == averaged.keys() == expected.keys()
+    assert all(torch.equal(converted[name], expected[name]) for name in expected)
+    assert not all(torch.equal(averaged[name], expected[name]) for name in expected)
 
 
 def test_a_killed_rank_ends_the_others(parts, tmp_path):

@@ -10,9 +10,15 @@ TAKES_OVERRIDES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The config file, --resume and --overwrite; every other --key is a key of the config."""
-    parser.usage = "ultravox train CONFIG [--resume | --overwrite] [--KEY VALUE …]"
+    parser.usage = "ultravox train CONFIG [--resume | --overwrite] [--init-from PATH] [--KEY VALUE …]"
     parser.add_argument(
         "config", metavar="CONFIG", type=Path, help="YAML file of the run, such as configs/quickstart.yaml"
+    )
+    parser.add_argument(
+        "--init-from",
+        "--init_from",
+        metavar="PATH",
+        help="begin with the weights of another run, a checkpoint or a saved model (the key init_from)",
     )
     before = parser.add_mutually_exclusive_group()
     before.add_argument(
@@ -25,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """Load the config, train, and say what comes next."""
     from ultravox.config.load import load_config
 
-    config = load_config(args.config, args.overrides)
+    start = [] if args.init_from is None else ["--init_from", args.init_from]
+    config = load_config(args.config, [*args.overrides, *start])
 
     from ultravox.training.engines.ranks import is_main_process
     from ultravox.training.interrupt import TrainingInterrupted

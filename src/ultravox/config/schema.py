@@ -112,6 +112,11 @@ class RunConfig(Section):
     performance: PerformanceConfig = Field(default_factory=PerformanceConfig, description="speed and memory")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="processes")
     checkpoints: CheckpointsConfig = Field(default_factory=CheckpointsConfig, description="checkpoints")
+    init_from: Name | None = Field(
+        None,
+        description="begin with the weights that another run has trained: its folder, one of its checkpoints, or a "
+        "saved model; null = projector and adapters begin anew",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

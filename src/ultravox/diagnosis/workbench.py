@@ -21,6 +21,8 @@ from ultravox.training import checkpoint as checkpoints
 from ultravox.training.align import AlignTask
 from ultravox.training.batches import SpeechBatch
 from ultravox.training.examples import Example, count_tokens, ctc_tokens
+from ultravox.training.identity import base_models
+from ultravox.training.init_from import begin_from
 from ultravox.training.resume import compare
 from ultravox.training.seeding import seed_everything
 from ultravox.training.speech import SpeechData, prepare_speech
@@ -178,6 +180,8 @@ def build_workbench(
     processor = build_processor(config.model)
     model = build_model(config.model)
     run_efficiently(model, attention=config.performance.attention)
+    if config.init_from is not None and saved is None:
+        begin_from(config.init_from, Path(config.run_dir), model, config.model, base_models(config))
     on_progress("preparing the data")
     prepare = prepare_stream if config.data.streaming else prepare_speech
     data = prepare(config, model, processor)

@@ -2,7 +2,10 @@
 
 ``checkpoints/<stage>-<step:06d>/`` holds ``trainable.safetensors`` (only what trains), ``optimizer.safetensors``
 (AdamW's moments under the parameters' names), ``state.json`` (where the run stands, its random states, its config and
-the identities of the base models) and ``manifest.json`` (format version and SHA-256 of the other three).
+the identities of the base models) and ``manifest.json`` (format version 1 and SHA-256 of the other three).
+
+Where ranks hold parts of the tensors (`sharded_store`), the format version is 2, and each rank has written files of its
+own parts (`tensor_parts`): ``trainable-<rank>-of-<ranks>.safetensors``, ``optimizer-<rank>-of-<ranks>.safetensors``.
 """
 
 import json
@@ -21,18 +24,21 @@ from torch import Tensor
 
 from ultravox.errors import CheckpointError
 from ultravox.files import atomic_folder, sha256_file
+from ultravox.training.tensor_parts import KINDS, PART, StoredTensors
 
 FORMAT_VERSION = 1
-FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
+PARTS_VERSION = 2
+STATE = "state.json"
+FILES = (*(f"{kind}.safetensors" for kind in KINDS), STATE)
 MANIFEST = "manifest.json"
 
 
 @dataclass(slots=True)
 class Checkpoint:
-    """One training checkpoint in memory. `state` is JSON."""
+    """One training checkpoint in memory. `state` is JSON; tensors are whole, or this rank's parts of them."""
 
-    trainable: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    trainable: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     state: dict[str, Any]
 
 
@@ -52,30 +58,83 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify a checkpoint. CheckpointError names the file that is missing, damaged or of another version."""
-    manifest = _read_json(folder / MANIFEST)
-    if manifest.get("version") != FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has format version {manifest.get('version')}, expected {FORMAT_VERSION}")
-    hashes = manifest.get("sha256") or {}
-    for name in FILES:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: delete {folder} to resume from the checkpoint before it")
-        if sha256_file(path) != hashes.get(name):
-            raise CheckpointError(
-                f"{path} is damaged (its SHA-256 is not the one in manifest.json): "
-                f"delete {folder} to resume from the checkpoint before it"
-            )
+    """Read and verify a checkpoint, with whole tensors, whoever has written them.
+
+    Raises:
+        CheckpointError: naming the file that is missing, damaged or of another version.
+    """
+    manifest = read_manifest(folder)
+    verify_files(folder, list(manifest["sha256"]))
+    if manifest["version"] == PARTS_VERSION:
+        trainable, optimizer = (stored.whole() for stored in stored_tensors(folder))
+        return Checkpoint(trainable, optimizer, read_state(folder))
     try:
         tensors = [load_file(folder / name) for name in FILES[:2]]
     except SafetensorError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    return Checkpoint(tensors[0], tensors[1], _read_json(folder / "state.json"))
+    return Checkpoint(tensors[0], tensors[1], read_state(folder))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Version and SHA-256 of each file: of `FILES`, or of the state and of parts, and the shapes of these.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another version.
+    """
+    manifest = _read_json(folder / MANIFEST)
+    version, hashes = manifest.get("version"), manifest.get("sha256")
+    if version not in (FORMAT_VERSION, PARTS_VERSION):
+        raise CheckpointError(
+            f"{folder} has format version {version}, expected {FORMAT_VERSION} or {PARTS_VERSION}: take the UltraVox "
+            "that wrote it, or a newer one"
+        )
+    if not isinstance(hashes, dict):
+        raise CheckpointError(f"{folder / MANIFEST} holds no hashes: delete {folder} and resume again")
+    if version == FORMAT_VERSION:
+        return {"version": version, "sha256": {name: hashes.get(name) for name in FILES}}
+    shapes = manifest.get("shapes")
+    if not (isinstance(shapes, dict) and all(isinstance(shapes.get(kind), dict) for kind in KINDS)):
+        raise CheckpointError(f"{folder / MANIFEST} holds no shapes: delete {folder} and resume again")
+    if odd := sorted(name for name in hashes if name != STATE and not PART.fullmatch(name)):
+        raise CheckpointError(f"{folder / MANIFEST} names {odd[0]}, which is no file of a checkpoint")
+    there = {path.name for path in folder.glob("*.safetensors")}
+    if odd := sorted(there - set(hashes)):
+        raise CheckpointError(f"{folder / odd[0]} is not in {MANIFEST}: take it away, it is not of this checkpoint")
+    return {"version": version, "sha256": {STATE: None, **hashes}, "shapes": shapes}
+
+
+def verify_files(folder: Path, names: Sequence[str]) -> None:
+    """Hold files of a checkpoint against its manifest. CheckpointError names the first that is missing or damaged."""
+    hashes = read_manifest(folder)["sha256"]
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: delete {folder} to resume from the checkpoint before it")
+        if sha256_file(path) != hashes[name]:
+            raise CheckpointError(
+                f"{path} is damaged (its SHA-256 is not the one in manifest.json): "
+                f"delete {folder} to resume from the checkpoint before it"
+            )
+
+
+def stored_tensors(folder: Path) -> tuple[StoredTensors, StoredTensors]:
+    """What trains and the optimizer's, of a checkpoint in parts that is verified. CheckpointError: they do not fit."""
+    shapes = read_manifest(folder)["shapes"]
+    trainable, optimizer = (StoredTensors(folder, kind, shapes[kind]) for kind in KINDS)
+    return trainable, optimizer
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """All of a checkpoint that is not a tensor. CheckpointError: it is missing, or no JSON."""
+    return _read_json(folder / STATE)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("expected an object")
+        return content
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: expected a training checkpoint in {path.parent}") from error
     except ValueError as error:

@@ -7,7 +7,7 @@ were.
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ class CheckpointStore:
         self._error: BaseException | None = None
 
     @classmethod
-    def from_config(cls, run_dir: Path, stages: Sequence[str], config: CheckpointsConfig) -> "CheckpointStore":
-        """As a run's configuration says."""
+    def from_config(
+        cls, run_dir: Path, stages: Sequence[str], config: CheckpointsConfig, **more: Any
+    ) -> "CheckpointStore":
+        """As a run's configuration says; `more` are further arguments of a subclass."""
         return cls(
             run_dir,
             stages,
@@ -64,6 +66,7 @@ class CheckpointStore:
             keep_best=config.keep_best,
             background=config.background,
             upload=config.upload,
+            **more,
         )
 
     def save(self, stage: str, step: int, checkpoint: Checkpoint) -> None:
@@ -77,7 +80,7 @@ class CheckpointStore:
         if not self._background:
             self._write(folder, checkpoint)
             return
-        copy = Checkpoint(_copied(checkpoint.trainable), _copied(checkpoint.optimizer), checkpoint.state)
+        copy = Checkpoint(self.copied(checkpoint.trainable), self.copied(checkpoint.optimizer), checkpoint.state)
         # Not a daemon: at a normal end the interpreter waits for it. A kill leaves a temporary folder, which is no
         # checkpoint and which the next one to be written clears away.
         self._thread = threading.Thread(target=self._try, args=(folder, copy), name="checkpoint")
@@ -111,6 +114,14 @@ class CheckpointStore:
 
     def _write(self, folder: Path, checkpoint: Checkpoint) -> None:
         save_checkpoint(folder, checkpoint)
+        self._after(folder)
+
+    def copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On the CPU, and not to be changed by further steps."""
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+    def _after(self, folder: Path) -> None:
+        """What follows once a checkpoint is whole."""
         if self._upload is not None:
             upload_checkpoint(folder, self._upload)
         remove_checkpoints(self.run_dir, self.superseded())
@@ -205,8 +216,3 @@ def _store(target: str) -> tuple[Any, str]:
             f"checkpoints.upload {target!r} is no place that fsspec knows ({error}): expected a URL such as "
             "s3://bucket/run, abfs://container/run or gs://bucket/run, and the store's package installed"
         ) from error
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, and not to be changed by further steps."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

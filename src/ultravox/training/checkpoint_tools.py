@@ -1,7 +1,7 @@
 """What can be done with training checkpoints beside going on from them: look, compare hashes, average, make a model."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "epoch": state["loop"]["epoch"],
         "seconds": state["run"]["seconds"],
         "ranks": 1 + len(state.get("other_ranks", [])),
+        "parts": len(list(folder.glob("trainable*.safetensors"))),
         "metrics": state.get("metrics", {}),
         "trainable_parameters": dict(parts),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.trainable.values()}),
@@ -89,7 +90,7 @@ def average(checkpoints: Sequence[Checkpoint]) -> dict[str, Tensor]:
     }
 
 
-def write_model(trainable: dict[str, Tensor], state: dict[str, Any], output: Path) -> None:
+def write_model(trainable: Mapping[str, Tensor], state: dict[str, Any], output: Path) -> None:
     """A model in the public form, of a checkpoint's configuration with these weights.
 
     Args:

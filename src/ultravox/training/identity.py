@@ -22,6 +22,8 @@ def deciding_keys(config: RunConfig) -> dict[str, Any]:
     content = {key: value for key, value in content.items() if key not in FREE_KEYS}
     for key in FREE_PERFORMANCE_KEYS:
         content["performance"].pop(key)
+    if content["init_from"] is None:  # as in checkpoints that know no such key
+        del content["init_from"]
     for key in FREE_DATA_KEYS:
         content["data"].pop(key)
     for stage in content["stages"]:

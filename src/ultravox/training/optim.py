@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ultravox.errors import CheckpointError
-from ultravox.training.engines.shards import is_shard, local_part, part_of_whole, whole_of_part
+from ultravox.training.engines.shards import is_shard, local_part, part_of_whole, shard_of_part
 from ultravox.training.update_rules import RULES, UpdateRule
 
 
@@ -197,20 +197,29 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter name>.{step, exp_avg, exp_avg_sq}`, and `.master` where the parameter is not float32.
 
-        Other rules have other moments. Whole tensors on each rank, however they are sharded. Where the model is to be
+        Other rules have other moments. Sharded as the parameters are. Where the model is to be
         used with an average of what trains, `.master` holds what trains, of each parameter.
         """
         state = {
-            f"{name}.{key}": whole_of_part(value, self._named[name]) if key in self._rule.shaped else value
+            f"{name}.{key}": shard_of_part(value, self._named[name]) if key in self._rule.shaped else value
             for name, master in self._masters.items()
             for key, value in self._rule.state(master).items()
         }
         rounded = (n for n, parameter in self._named.items() if self.averages or parameter.dtype != torch.float32)
         trained = {name: self._trained.get(name, self._masters[name].detach()) for name in rounded}
-        return state | {f"{name}.master": whole_of_part(part, self._named[name]) for name, part in trained.items()}
+        return state | {f"{name}.master": shard_of_part(part, self._named[name]) for name, part in trained.items()}
+
+    def targets(self) -> dict[str, Tensor]:
+        """Of each tensor that `state_dict` may hold, the parameter whose shape and sharding it has."""
+        keys = (*self._rule.shaped, "master")
+        return {f"{name}.{key}": parameter.detach() for name, parameter in self._named.items() for key in keys}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Undo `state_dict`, bit for bit. CheckpointError when the parameters are not the same ones."""
+        """Undo `state_dict`, bit for bit, of whole tensors or of ones that are sharded alike.
+
+        Raises:
+            CheckpointError: the parameters are not the same ones.
+        """
         endings = ("master", *sorted(self._rule.moments, key=len, reverse=True))
         found = {next((key.removesuffix(f".{e}") for e in endings if key.endswith(f".{e}")), key) for key in state}
         if unknown := sorted(found - set(self._named)):

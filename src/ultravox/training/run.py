@@ -16,12 +16,13 @@ from ultravox.files import atomic_folder, atomic_write
 from ultravox.model.factory import build_model, build_processor, save_model
 from ultravox.model.performance import run_efficiently
 from ultravox.training import checkpoint as checkpoints
-from ultravox.training.checkpoint_store import CheckpointStore, download_newest, require_store
+from ultravox.training.checkpoint_store import download_newest, require_store
 from ultravox.training.engines.base import Engine, describe
 from ultravox.training.engines.factory import build_engine
 from ultravox.training.engines.ranks import in_turn
 from ultravox.training.engines.shards import whole
 from ultravox.training.identity import base_models, deciding_keys
+from ultravox.training.init_from import begin_from, find_start
 from ultravox.training.interrupt import stop_on_signals
 from ultravox.training.preflight import preflight, require_objectives, require_transcripts, tell_idle_rates
 from ultravox.training.resume import (
@@ -34,6 +35,7 @@ from ultravox.training.resume import (
 from ultravox.training.rows import source_key, source_spec
 from ultravox.training.run_folder import clear, lock, require_free
 from ultravox.training.seeding import seed_everything
+from ultravox.training.sharded_store import load_for_engine, open_store
 from ultravox.training.speech import SpeechData, prepare_speech, trainable_of
 from ultravox.training.stage import StageRun, train_stage
 from ultravox.training.stream import prepare_stream
@@ -71,10 +73,9 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         if engine.is_main:
             _take_folder(config, names, stack, resume=resume, overwrite=overwrite)
         found = engine.gather(checkpoints.list_checkpoints(run_dir, names))[0]
-        start = checkpoints.load_checkpoint(found[-1]) if resume else None
+        start = load_for_engine(found[-1], engine) if resume else None
         if start is not None:
             require_same_config(start.state["config"], deciding_keys(config), found[-1])
-
         credentials = preflight(config)
         stack.enter_context(exported(credentials))
         require_transcripts(config)
@@ -86,13 +87,14 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         bases = base_models(config)  # after loading: only then is a hub model's commit known
         if start is not None:
             require_same(start.state["base_models"], bases, "a base model", found[-1])
+        begun = begin_from(config.init_from, run_dir, model, config.model, bases) if start is None else None
 
         # 3. The data: clips, tokens, features of the frozen encoder
         with in_turn(engine.rank, engine.world_size):
             data = _prepare(config, engine, model, processor)
         engine.prepare(model)
         data.trainable = trainable_of(model)
-        run = RunState(feature_cache_seconds=data.cache_report.seconds)
+        run = RunState(feature_cache_seconds=data.cache_report.seconds, init_from=begun)
         if start is not None:
             for source in config.data.sources:
                 key = source_key(source)
@@ -117,7 +119,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         has_trackers = engine.is_main and not finished
         tracking = stack.enter_context(make_tracking(config, credentials, resume=resume, has_trackers=has_trackers))
         stop = stack.enter_context(stop_on_signals())
-        store = stack.enter_context(CheckpointStore.from_config(run_dir, names, config.checkpoints))
+        store = stack.enter_context(open_store(run_dir, names, config.checkpoints, engine))
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):
             if index >= first:
@@ -164,6 +166,8 @@ def _take_folder(config: RunConfig, names: Sequence[str], stack: ExitStack, *, r
     lock(run_dir, stack)
     if not resume:
         require_free(run_dir, overwrite=overwrite)
+        if config.init_from is not None:
+            find_start(config.init_from, run_dir)
     if upload is not None:
         require_store(upload)
         if resume and not checkpoints.list_checkpoints(run_dir, names):

@@ -22,7 +22,7 @@ from ultravox.errors import CheckpointError, DataError
 from ultravox.metrics.error_rate import character_errors, word_error_rate
 from ultravox.metrics.overlap import bleu, chrf, sacrebleu_is_installed
 from ultravox.training.batches import BatchMaker, SpeechBatch
-from ultravox.training.engines.shards import assign, whole
+from ultravox.training.engines.shards import assign
 from ultravox.training.examples import Example, ExampleTable
 from ultravox.training.features import augment
 from ultravox.training.flops import ModelFlops
@@ -273,8 +273,8 @@ class SpeechTask(abc.ABC):
         return self._transcripts
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """All that trains in any stage, and the objective's own parameters; whole, however they are sharded."""
-        state = {name: whole(parameter.detach()) for name, parameter in self.trainable.items()}
+        """All that trains in any stage, and the objective's own parameters; sharded as they are."""
+        state = {name: parameter.detach() for name, parameter in self.trainable.items()}
         if self.extra is not None:
             state |= {f"objective.{name}": p.detach() for name, p in self.extra.named_parameters()}
         return state

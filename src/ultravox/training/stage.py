@@ -31,6 +31,7 @@ from ultravox.training.resume import (
     require_same,
 )
 from ultravox.training.seeding import seed_everything
+from ultravox.training.sharded_store import parts_like
 from ultravox.training.speech import SpeechData
 from ultravox.training.speech_task import SpeechTask
 from ultravox.training.summary import RunState, stage_summary, tell, tell_mixture
@@ -117,7 +118,7 @@ def train_stage(context: StageRun, start: checkpoints.Checkpoint | None) -> None
                 save_head(context.run_dir, stage.name, task)
         content = {**_checkpoint_content(context, task, state), "metrics": evaluated.get(state.step, {})}
         checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
-        if engine.is_main:
+        if engine.is_main or engine.is_sharded:
             context.store.save(stage.name, state.step, checkpoint)
             if config.logging.upload_checkpoints:
                 context.store.join()  # trackers read the files
@@ -163,9 +164,9 @@ def _restore(
     """
     engine, stage, saved = context.engine, context.stage, start.state
     where = checkpoints.checkpoint_folder(context.run_dir, stage.name, saved["step"])
-    task.load_trainable_state(start.trainable)
+    task.load_trainable_state(parts_like(start.trainable, task.trainable_state()))
     if goes_on:
-        optimizer.load_state_dict(start.optimizer)
+        optimizer.load_state_dict(parts_like(start.optimizer, optimizer.targets()))
     mine = checkpoints.state_of_rank(saved, engine.rank, engine.world_size)
     if mine is not None:
         checkpoints.restore_random_state(mine["random"])
@@ -230,6 +231,7 @@ def _checkpoint_content(context: StageRun, task: SpeechTask, state: LoopState) -
             "feature_cache_seconds": run.feature_cache_seconds,
             "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes()),
             "finished": run.finished,
+            "init_from": run.init_from,
         },
     }
 

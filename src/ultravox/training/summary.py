@@ -29,6 +29,8 @@ class RunState:
     peak_memory_bytes: int = 0
     finished: list[dict[str, Any]] = field(default_factory=list)
     """Summaries of the stages that are done."""
+    init_from: dict[str, str] | None = None
+    """Place and hash of the weights that the run began with; None = fresh ones."""
 
 
 def stage_summary(
@@ -84,6 +86,7 @@ def run_summary(run: RunState, data: SpeechData, begin: float) -> dict[str, Any]
         "quarantined_files": data.quarantine.reasons,
         "num_trainable_parameters": sum(parameter.numel() for parameter in data.trainable.values()),
         "stages": run.finished,
+        **({} if run.init_from is None else {"init_from": run.init_from}),
     }
 
 

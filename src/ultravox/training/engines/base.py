@@ -22,6 +22,8 @@ class Engine:
     device = torch.device("cpu")
     rank = 0
     world_size = 1
+    timeout_seconds = 600.0
+    """Longest wait for another rank, and longest step, where there are others."""
     is_sharded = False
     """Whether forward passes are collective: each rank must run as many, in the same order, or all hang."""
 

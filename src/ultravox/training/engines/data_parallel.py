@@ -37,7 +37,7 @@ class DataParallelEngine(Engine):
         device: of this one.
         timeout_seconds: a step that takes longer ends this process, and so the run.
         """
-        self.rank, self.world_size, self._timeout = ranks.rank, ranks.world_size, timeout_seconds
+        self.rank, self.world_size, self.timeout_seconds = ranks.rank, ranks.world_size, timeout_seconds
         self.device = device
 
     def prepare(self, model: nn.Module) -> None:
@@ -92,7 +92,7 @@ class DataParallelEngine(Engine):
 
         Of a rank that is stuck outside of an exchange, the others would only tell that they wait.
         """
-        faulthandler.dump_traceback_later(self._timeout, exit=True)
+        faulthandler.dump_traceback_later(self.timeout_seconds, exit=True)
         try:
             yield
         finally:

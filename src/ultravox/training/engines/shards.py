@@ -20,18 +20,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_of_part(part: Tensor, like: Tensor) -> Tensor:
-    """All of a tensor that is sharded as `like` is, of which `part` is this rank's. Collective where it is sharded."""
+def shard_of_part(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor that is sharded as `like` is, of which `part` is this rank's, in the same memory. Others stay."""
     if not isinstance(like, DTensor) or part.dim() != like.dim():  # AdamW's step count is the same everywhere
         return part
-    sharded = DTensor.from_local(
+    return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return sharded.full_tensor()
 
 
 def part_of_whole(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, sharded as `like` is. Each rank has the whole: nothing is sent."""
+    """This rank's part of a tensor, whole or sharded as `like` is. Each rank has the whole: nothing is sent."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
     if not isinstance(like, DTensor) or tensor.dim() != like.dim():
         return tensor
     sharded = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -40,5 +41,5 @@ def part_of_whole(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(target: Tensor, tensor: Tensor) -> None:
-    """Give a parameter the values of a whole tensor."""
+    """Give a parameter the values of a tensor, whole or sharded as the parameter is."""
     local_part(target).copy_(part_of_whole(tensor, target))
