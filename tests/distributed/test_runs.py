@@ -41,14 +41,14 @@ def losses(run):
 
 
 def samples(run):
-    """(stage, step) → ids that were trained on, over all ranks and attempts."""
+    """(stage, step) → ids that were trained on, over all ranks and attempts, in the order of the step's batches."""
     found: dict[tuple[str, int], list] = {}
     for path in (run / "samples").rglob("*.jsonl"):
         for row in map(json.loads, path.read_text().splitlines()):
             if "step" in row:
                 place = (path.parent.name, row["step"])
-                found.setdefault(place, []).extend(zip(row["sources"], row["uids"], strict=True))
-    return {place: sorted(map(str, ids)) for place, ids in found.items()}
+                found.setdefault(place, []).append((row["micro_batch"], row["sources"], row["uids"]))
+    return {place: sorted(batches) for place, batches in found.items()}
 
 
 def train_well(config, world_size, *more):
