@@ -48,13 +48,15 @@ class MemoryGuard:
                 return f"{who} has {size / 1e9:.2f} GB{of_what}, more than engine.max_memory_gb = {self._most:g}"
         return None
 
-    def require_room(self) -> None:
-        """Refuse a bound below what the models and data take, with which each start would be one step. Collective.
+    @classmethod
+    def with_room(cls, max_memory_gb: float | None, engine: Engine) -> "MemoryGuard":
+        """A bound that leaves room beside models and data, or each start would be one step. Collective.
 
         Raises:
-            ConfigError: on all ranks, if it is so on one.
+            ConfigError: on all ranks, if one has more already.
         """
-        if self._most is None:
-            return
-        if found := [text for text in self._engine.gather(self.excess()) if text]:
+        guard = cls(max_memory_gb, engine)
+        found = [text for text in engine.gather(guard.excess()) if text] if max_memory_gb is not None else []
+        if found:
             raise ConfigError(f"{found[0]}, before the first step: raise it, or share the model (engine.kind fsdp2)")
+        return guard

@@ -105,8 +105,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         announce(model, data)
         for stage in config.stages:
             tell_idle_rates(config, stage)
-        guard = MemoryGuard(config.engine.max_memory_gb, engine)
-        guard.require_room()
+        guard = MemoryGuard.with_room(config.engine.max_memory_gb, engine)
 
         # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
         if engine.is_main:
