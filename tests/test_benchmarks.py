@@ -5,7 +5,9 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -554,3 +556,87 @@ def test_a_recipes_row_is_what_its_log_says_last(recipes, tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     found = recipes.read(tmp_path)
     assert found == {"wer": 0.3, **evaluation, "next_frame_skill": pytest.approx(0.3)}
+
+
+@pytest.fixture(scope="module")
+def engines():
+    return load("engines")
+
+
+def test_both_loops_make_the_same_steps(engines, tmp_path, monkeypatch):
+    """Else their times could not be compared."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "training")
+    from toy_task import Position, ToyTask
+
+    optim = SimpleNamespace(weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8, max_grad_norm=0.5)
+    stage = SimpleNamespace(name="toy", optim=optim, log_every=1)
+    tasks = [ToyTask(noise=0.0), ToyTask(noise=0.0)]
+    batches = [tasks[0].make_batch(tasks[0].order.batch(0, 0, index), Position(0, 0, index)) for index in range(4)]
+    for task in tasks:
+        groups = [replace(group, parameters=dict(group.parameters)) for group in task.parameter_groups()]
+        monkeypatch.setattr(task, "parameter_groups", lambda groups=groups: groups)
+    ours, bare = engines.OurLoop(stage, tasks[0], tmp_path), engines.BareLoop(stage, tasks[1])
+    for _ in range(3):
+        ours(batches)
+        bare(batches)
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    assert len(logged) == 12
+    assert bare.losses == pytest.approx(logged, rel=1e-4)
+    assert sum(logged[8:]) < 0.9 * sum(logged[:4])
+
+
+def test_the_interval_of_a_median(engines):
+    found = engines.median_and_interval([1.0, 1.1, 1.2, 1.3, 9.0])
+    assert found["median"] == 1.2
+    assert 1.0 <= found["low"] < 1.2 < found["high"] <= 9.0
+    assert engines.median_and_interval([2.0, 2.0, 2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 3}
+
+
+def test_what_two_processes_are_held_against_is_the_same_run(engines, monkeypatch, tmp_path):
+    """Two batches a step of half of the quickstart's tokens; one thread each, or two."""
+    started = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, words, env, **_):
+            config = load_config(words[4], words[5:])
+            started.append((config, env["OMP_NUM_THREADS"], env.get("RANK")))
+            if env.get("RANK", "0") == "0":
+                folder = Path(config.run_dir)
+                folder.mkdir()
+                rows = [{"stage": "align", "elapsed_seconds": 2.0 * n, "loss": 1.0} for n in range(1, 5)]
+                (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+        def communicate(self):
+            return b"", b""
+
+    monkeypatch.setattr(engines.subprocess, "Popen", Process)
+    monkeypatch.delenv("RANK", raising=False)
+    stages = {stage.name: stage for stage in load_config(engines.CONFIG).stages}
+    found = [engines.train(tmp_path / str(size), size, stages) for size in (1, 2)]
+    assert engines.counted_seconds(found[0]["align"]) == 4.0
+    assert [(threads, rank) for _, threads, rank in started] == [("2", None), ("1", "0"), ("1", "1")]
+    assert [config.engine.kind for config, *_ in started] == ["single", "ddp", "ddp"]
+    for config, *_ in started:
+        assert config.stages == started[0][0].stages
+        assert [(stage.accumulation_steps, stage.max_batch_tokens) for stage in config.stages] == [(2, 300), (2, 725)]
+    Process.returncode = 2
+    with pytest.raises(SystemExit, match="a run on 2 processes failed"):
+        engines.train(tmp_path / "bad", 2, stages)
+
+
+def test_the_engines_table_and_arguments(engines, monkeypatch, tmp_path, capsys):
+    found = {"checkpoint": {"tune": {"median": 0.03, "low": 0.02, "high": 0.04, "n": 20}, "megabytes": 113.0}}
+    line = f"| {engines.WHAT['checkpoint'].format('tune')} | 0.030 (0.020 to 0.040), 20 | at most 0.05 |"
+    assert engines.table(found).splitlines()[2:] == [line]
+    results = tmp_path / "engines.json"
+    results.write_text(json.dumps({"ranks": {"align": found["checkpoint"]["tune"]}}))
+    monkeypatch.setattr(engines, "Workbench", lambda: None)
+    monkeypatch.setattr(engines, "checkpoint", lambda *_: found["checkpoint"])
+    call(engines, monkeypatch, "--parts", "checkpoint", "--results", str(results))
+    assert set(json.loads(results.read_text())) == {"ranks", "version", "cpus", "threads", "checkpoint"}
+    assert line in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        call(engines, monkeypatch, "--rounds", "0")
+    assert caught.value.code == 2

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from ultravox.errors import UltravoxError
 
+_NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded")
 PATIENCE_SECONDS = 2.0  # of waiting for a lock in silence
 
 #: What is wrong with a disk or a place on it and never with the program, wherever it comes up. "No such file" and
@@ -53,8 +55,9 @@ def explain_full_disk(path: str | Path) -> Iterator[None]:
     """Turn "no space left on device" into an error that names the place and what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if no_room or _NO_ROOM.search(str(error)):  # safetensors has an error of its own for it
             message = f"disk full while writing {path}: free some space or choose another place; nothing was left there"
             raise UltravoxError(message) from error
         raise

@@ -1,12 +1,13 @@
 """``ultravox auth check``: the table, the JSON, the exit codes; and never a value."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 
 from ultravox.auth.credentials import CREDENTIALS
-from ultravox.cli.main import main
+from ultravox.cli.main import ACTIONS, COMMANDS, FROM_HUB, main
 
 TOKEN = "hf_canaryCanaryCanaryCanaryCanary0123"
 KEY = "canary0123456789canary0123456789canary0123456789"
@@ -27,6 +28,48 @@ def leaks(text: str) -> bool:
     """Whether any six characters of a secret, or its length, can be read."""
     pieces = {secret[i : i + 6] for secret in (TOKEN, KEY) for i in range(len(secret) - 5)}
     return any(piece in text for piece in pieces) or any(str(len(secret)) in text for secret in (TOKEN, KEY))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ask", "hub/model", "--audio", "x.wav", "question"],
+        ["evaluate", "hub/model"],
+        ["data", "inspect", "hub/set"],
+        ["diagnose", "x.yaml"],
+        ["models"],
+        ["checkpoint", "convert", "runs/x", "--output", "y"],
+    ],
+)
+def test_a_command_that_may_load_from_the_hub_has_the_same_token(nowhere, monkeypatch, words):
+    """As the hub's own client sees it, while the command runs; a token in the environment comes first."""
+    from importlib import import_module
+
+    from huggingface_hub import get_token
+
+    seen = []
+    name = ".".join(words[:2]) if words[0] in ("data", "checkpoint") else words[0]
+    module = import_module(f"ultravox.cli.{name}")
+    monkeypatch.setattr(module, "add_arguments", lambda parser: parser.add_argument("words", nargs="*"))
+    monkeypatch.setattr(module, "run", lambda args: seen.append(get_token()))
+    (nowhere / ".env").write_text(f"HF_TOKEN={TOKEN}\nWANDB_API_KEY={KEY}\n")
+    plain = [word for word in words if not word.startswith("--")]
+    assert main(plain) == 0
+    assert seen == [TOKEN]
+    assert "HF_TOKEN" not in os.environ
+    monkeypatch.setenv("HF_TOKEN", TOKEN[:-1] + "9")
+    assert main(plain) == 0
+    assert seen[1:] == [TOKEN[:-1] + "9"]
+
+
+def test_every_command_is_judged():
+    """One that is new says here whether it loads from the hub."""
+    here = {"train", "data.list", "azureml.render", "azureml.submit", "auth.check"}
+    here |= {"checkpoint.inspect", "checkpoint.verify"}
+    names = {name for name in COMMANDS if name not in ACTIONS}
+    names |= {f"{group}.{action}" for group, actions in ACTIONS.items() for action in actions}
+    assert names - FROM_HUB == here
+    assert names > FROM_HUB
 
 
 def test_the_table(nowhere, monkeypatch, capsys):

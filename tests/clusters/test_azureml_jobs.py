@@ -209,6 +209,49 @@ def test_either_azureml_or_torchrun_starts_the_processes(job):
     assert find_mistakes(met, CONFIGS) == []
 
 
+@pytest.mark.parametrize(
+    ("keys", "value", "options", "wanted"),
+    [
+        ("resources.instance_count", 3, "", 24),
+        ("distribution.process_count_per_instance", 6, "", 24),
+        ("resources.instance_count", 2, "--stages.align.accumulation_steps 8 --stages.tune.accumulation_steps 24", 16),
+        ("distribution.process_count_per_instance", 1, "", None),
+    ],
+)
+def test_the_batches_of_a_step_are_shared_evenly(job, keys, value, options, wanted):
+    """16 of them, in both stages, over all processes."""
+    job = set_at(job, "command", job["command"].replace("audiollm.yaml", f"audiollm.yaml {options}"))
+    mistakes = find_mistakes(set_at(job, keys, value), CONFIGS)
+    if wanted is None:
+        assert mistakes == []
+        return
+    align, tune = mistakes
+    steps, processes = (8, 16) if options else (16, 3 * 8 if keys.startswith("resources") else 2 * 6)
+    assert f"stages.align.accumulation_steps is {steps}, over all of the job's {processes} processes" in align
+    assert align.endswith(f"pass --stages.align.accumulation_steps {wanted}")
+    assert tune.endswith(f"pass --stages.tune.accumulation_steps {32 if options else wanted}")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        ("torchrun --nproc-per-node=3 -m ultravox", 3),
+        ("torchrun --nproc_per_node 3 -m ultravox", 3),
+        (f"torchrun --nproc-per-node=3 {MEETING} -m ultravox", 6),
+        ("torchrun --nproc-per-node=gpu -m ultravox", None),
+        ("torchrun --nproc-per-node=3 --nnodes=1:4 -m ultravox", None),
+        ("python -m ultravox", None),
+    ],
+)
+def test_torchruns_processes_are_counted_too(job, launcher, processes):
+    """Where the command says how many there are; 16 batches fit 2 and 16 of them, not 3 nor 6."""
+    job = set_at(job, "distribution.process_count_per_instance", 1)
+    job = set_at(job, "command", job["command"].replace("python -m ultravox", launcher))
+    found = [mistake for mistake in find_mistakes(job, CONFIGS) if "accumulation_steps" in mistake]
+    assert len(found) == (0 if processes is None else 2)
+    assert all(f"the job's {processes} processes" in mistake for mistake in found)
+
+
 def test_a_process_for_each_device():
     job = read_job(CONFIGS / "audiollm-serverless.yml")
     (mistake,) = find_mistakes(set_at(job, "distribution.process_count_per_instance", 1), CONFIGS)

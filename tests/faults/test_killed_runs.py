@@ -19,6 +19,7 @@ from ultravox.training.checkpoint_store import CheckpointStore
 from ultravox.training.trainer import LoopSettings, LoopState, run_stage
 
 STEPS = 12
+KILLED_IN = 5  # the step whose checkpoint is in writing
 WRITE_POINTS = {
     "before the temporary folder": ("mkdtemp", 1, False),
     "after the temporary folder": ("mkdtemp", 1, True),
@@ -41,11 +42,17 @@ WRITE_POINTS = {
     "before an old one is renamed": ("rename", 1, False),
     "after an old one is renamed": ("rename", 1, True),
     "before an old one's files go": ("rmtree", 1, False),
+    "between an old one's files": ("unlink", 2, False),
     "after an old one's files are gone": ("rmtree", 1, True),
 }
 
 
-def run(folder: Path, state: LoopState | None = None, at_step=lambda step: None) -> tuple[ToyTask, list[float]]:
+POINTS = list(WRITE_POINTS)
+SAVED = POINTS[POINTS.index("after the rename") :]
+"""Points from which on it is whole."""
+
+
+def run(folder: Path, state: LoopState | None = None, at_step=lambda step, store: None) -> tuple[ToyTask, list[float]]:
     """Train to the end, from a checkpoint if there is one; a checkpoint after each step."""
     task = ToyTask(num_examples=64)
     optimizer = toy_optimizer(task)
@@ -61,7 +68,7 @@ def run(folder: Path, state: LoopState | None = None, at_step=lambda step: None)
     with CheckpointStore(folder, ["toy"]) as store:
 
         def save(state: LoopState) -> None:
-            at_step(state.step)
+            at_step(state.step, store)
             content = {"loop": state.to_json(), "random": random_state()}
             store.save("toy", state.step, Checkpoint(task.trainable_state(), optimizer.state_dict(), content))
 
@@ -101,6 +108,7 @@ def kill_at(name: str, call: int, after: bool):
         "fsync": (os, "fsync"),
         "replace": (os, "replace"),
         "rename": (Path, "rename"),
+        "unlink": (os, "unlink"),
         "rmtree": (shutil, "rmtree"),
     }
     owner, attribute = owners[name]
@@ -123,14 +131,13 @@ def kill_at(name: str, call: int, after: bool):
     setattr(owner, attribute, die)
 
 
-def verify_and_finish(folder, whole, at_least):
+def verify_and_finish(folder, whole):
     """The newest checkpoint is sound, and from it the run ends as if nothing had been."""
     found = list_checkpoints(folder, ["toy"])
     assert found
     for checkpoint in found:
         load_checkpoint(checkpoint)  # all that are listed are whole
     step = int(found[-1].name.rpartition("-")[2])
-    assert step >= at_least
     task, losses = run(folder)
     assert losses == whole[1][step:]
     assert all(torch.equal(a, b) for a, b in zip(task.model.parameters(), whole[0].model.parameters(), strict=True))
@@ -140,11 +147,15 @@ def verify_and_finish(folder, whole, at_least):
 
 @pytest.mark.parametrize("point", WRITE_POINTS)
 def test_killed_at_a_write_point(tmp_path, whole, point):
-    def work():
-        run(tmp_path, at_step=lambda step: step == 5 and kill_at(*WRITE_POINTS[point]))
+    """The checkpoint before is the newest until the new one has its name."""
 
-    assert status_of(started(work)) == -signal.SIGKILL, "the point was reached"
-    verify_and_finish(tmp_path, whole, at_least=3)
+    def at_step(step, store):
+        if step == KILLED_IN:
+            store.join()  # or the call might be one of the checkpoint before
+            kill_at(*WRITE_POINTS[point])
+
+    assert status_of(started(lambda: run(tmp_path, at_step=at_step))) == -signal.SIGKILL, "the point was reached"
+    assert verify_and_finish(tmp_path, whole) == KILLED_IN - (point not in SAVED)
 
 
 @pytest.mark.parametrize("trial", range(20))
@@ -152,7 +163,7 @@ def test_killed_at_any_time(tmp_path, whole, trial):
     wait = random.Random(trial).uniform(0.0, 0.35)
 
     def work():
-        def at_step(step):
+        def at_step(step, store):
             if step > 2:
                 time.sleep(0.06)  # so that the kill comes before the end
 
@@ -166,4 +177,4 @@ def test_killed_at_any_time(tmp_path, whole, trial):
     assert status_of(child) == -signal.SIGKILL
     if list_checkpoints(tmp_path, ["toy"])[-1].name == f"toy-{STEPS:06d}":
         pytest.fail("the run was over before it was killed")
-    verify_and_finish(tmp_path, whole, at_least=1)
+    assert verify_and_finish(tmp_path, whole) >= 2

@@ -86,6 +86,16 @@ def test_a_flipped_byte_is_found_and_the_file_named(tmp_path, name):
         load_checkpoint(tmp_path / "a")
 
 
+def test_any_flipped_byte_of_the_manifest_is_found(tmp_path):
+    save_checkpoint(tmp_path / "a", some())
+    path = tmp_path / "a" / "manifest.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(CheckpointError, match=str(tmp_path / "a")):
+            load_checkpoint(tmp_path / "a")
+
+
 def test_missing_file_and_other_version(tmp_path):
     save_checkpoint(tmp_path / "a", some())
     (tmp_path / "a" / "optimizer.safetensors").unlink()

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
@@ -60,6 +61,14 @@ ACTIONS = {
     "auth": {
         "check": "which tokens and keys are set, and where they come from; never the values",
     },
+}
+
+#: Commands that may load a model or data from the Hugging Face hub, where it wants to know who asks. `train` looks for
+#: all that its run needs itself.
+FROM_HUB = frozenset(("diagnose", "evaluate", "ask", "transcribe", "chat", "models")) | {
+    *(f"data.{action}" for action in ACTIONS["data"] if action != "list"),
+    "checkpoint.average",
+    "checkpoint.convert",
 }
 
 EXIT_ERROR = 2
@@ -173,7 +182,12 @@ def _run(name: str, words: list[str]) -> int:
         words, overrides = split_overrides(words, parser)
     args = parser.parse_args(words)
     args.overrides = overrides
-    return int(module.run(args) or 0)
+    with ExitStack() as stack:
+        if name in FROM_HUB:
+            from ultravox.auth.credentials import exported, find_credentials, of_services
+
+            stack.enter_context(exported(find_credentials(of_services("huggingface"))))
+        return int(module.run(args) or 0)
 
 
 def split_overrides(words: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:

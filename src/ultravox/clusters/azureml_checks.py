@@ -171,13 +171,27 @@ def _command_mistakes(job: Job, folder: Path) -> Iterator[str]:
         yield f"code is {code}, and {root} is no folder: name the repository's folder, seen from this file"
         return
     text = str(job.get("command", ""))
-    mistakes = training_command.find_mistakes(text, root)
+    mistakes = training_command.find_mistakes(text, root, processes_of=lambda call: _num_processes(job, call))
     yield from mistakes
     if not mistakes:
         yield from _mounted_names(text)
     outputs = [name for kind, name in _REFERENCE.findall(text) if kind == "outputs"]
     if not outputs:
         yield "the command writes to none of the outputs: --run_dir must be in ${{outputs.…}} to outlive the machine"
+
+
+def _num_processes(job: Job, call: training_command.TrainingCall) -> int | None:
+    """How many share the run, as AzureML or torchrun starts them; None = the machines decide."""
+    distribution, resources = _section(job, "distribution"), _section(job, "resources")
+    instances = resources.get("instance_count", 1)
+    if not call.torchrun:
+        return instances * distribution.get("process_count_per_instance", 1) if distribution else 1
+    words = " ".join(call.launcher)
+    per_instance = re.search(r"--nproc[-_]per[-_]node[= ](\d+)(?!\S)", words)
+    nodes = re.search(r"--nnodes[= ](\S+)", words)
+    if per_instance is None or (nodes and nodes[1] not in (str(instances), "$AZUREML_NODE_COUNT")):
+        return None
+    return int(per_instance[1]) * (instances if nodes else 1)
 
 
 def _mounted_names(text: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ whenever it is started again, and two tools that both start the processes.
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +64,20 @@ def find_training_calls(text: str) -> list[TrainingCall]:
     return [call for words in _commands(text) if (call := _as_call(words)) is not None]
 
 
-def find_mistakes(text: str, root: Path, *, resumes: bool = True) -> list[str]:
+def find_mistakes(
+    text: str,
+    root: Path,
+    *,
+    resumes: bool = True,
+    processes_of: Callable[[TrainingCall], int | None] = lambda call: None,
+) -> list[str]:
     """What is wrong with a job's shell text, a line each; empty when it will do.
 
     Args:
         text: of the shell, AzureML's ``${{…}}`` and shell variables included.
         root: the folder that the text runs in, where its configs are.
         resumes: whether the job must go on from its checkpoints when it starts again.
+        processes_of: how many processes share a call's run; None = that cannot be told.
     """
     try:
         calls = find_training_calls(text)
@@ -80,7 +87,7 @@ def find_mistakes(text: str, root: Path, *, resumes: bool = True) -> list[str]:
         return ["the command runs no `ultravox train CONFIG`: write `python -m ultravox train configs/….yaml …`"]
     mistakes: list[str] = []
     for call in calls:
-        mistakes += _config_mistakes(call, root)
+        mistakes += _config_mistakes(call, root, processes_of(call))
         if call.through_script:
             continue
         if not _has_option(call.words, "run_dir"):
@@ -100,7 +107,7 @@ def find_mistakes(text: str, root: Path, *, resumes: bool = True) -> list[str]:
     return mistakes
 
 
-def _config_mistakes(call: TrainingCall, root: Path) -> Iterator[str]:
+def _config_mistakes(call: TrainingCall, root: Path, num_processes: int | None) -> Iterator[str]:
     if call.config is None or call.config.startswith("-"):
         yield f"`ultravox train` names no config before {call.config or 'its end'}: write `ultravox train CONFIG …`"
         return
@@ -111,9 +118,21 @@ def _config_mistakes(call: TrainingCall, root: Path) -> Iterator[str]:
         yield f"the command trains {call.config}, which is not in {root}: the job has only what is in its code folder"
         return
     try:
-        load_config(path, call.overrides)
+        stages = load_config(path, call.overrides).stages
     except ConfigError as error:
         yield f"the command's config does not load: {error.mistakes[0]}"
+        return
+    for stage in stages:
+        if num_processes is not None and stage.accumulation_steps % num_processes:
+            yield (
+                f"stages.{stage.name}.accumulation_steps is {stage.accumulation_steps}, over all of the job's "
+                f"{num_processes} processes: it must be a multiple of their number; pass "
+                f"--stages.{stage.name}.accumulation_steps {_next_multiple(stage.accumulation_steps, num_processes)}"
+            )
+
+
+def _next_multiple(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor
 
 
 def _looks_for_checkpoints(text: str) -> bool:

@@ -18,6 +18,12 @@ class EngineConfig(Section):
     timeout_seconds: float = Field(
         600.0, gt=0, le=86_400, description="a step that takes longer, on any process, ends the run with all stacks"
     )
+    max_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="a process that has more memory of its own (10^9 bytes), or of its GPU's, in a step ends the run "
+        "after it, with a checkpoint and exit code 75; null = no bound",
+    )
     reshard_after_forward: bool = Field(
         True,
         description="fsdp2: give a layer's weights back between its passes; false sends less and takes more memory",

@@ -24,6 +24,7 @@ from ultravox.training.engines.shards import whole
 from ultravox.training.identity import base_models, deciding_keys
 from ultravox.training.init_from import begin_from, find_start
 from ultravox.training.interrupt import stop_on_signals
+from ultravox.training.memory_guard import MemoryGuard
 from ultravox.training.preflight import preflight, require_objectives, require_transcripts, tell_idle_rates
 from ultravox.training.resume import (
     finished_text,
@@ -56,7 +57,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 
     Raises:
         ConfigError: the folder holds a run, and neither `resume` nor `overwrite` is set; or no checkpoint to resume.
-        TrainingInterrupted: on Ctrl-C, SIGTERM or SIGUSR1, after a checkpoint was saved.
+        TrainingInterrupted: on Ctrl-C, SIGTERM, SIGUSR1 or too much memory, after a checkpoint was saved.
         UltravoxError: whatever in the configuration, the data or a checkpoint does not fit.
     """
     with build_engine(config.engine, config.device) as engine:
@@ -105,6 +106,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         announce(model, data)
         for stage in config.stages:
             tell_idle_rates(config, stage)
+        guard = MemoryGuard.with_room(config.engine.max_memory_gb, engine)
 
         # 4. The stages. Only now that all is ready does an earlier run go, unless it is gone on with
         if engine.is_main:
@@ -118,7 +120,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
         finished = start is not None and is_finished(run_dir, names[-1], config.stages[-1].max_steps, found[-1])
         has_trackers = engine.is_main and not finished
         tracking = stack.enter_context(make_tracking(config, credentials, resume=resume, has_trackers=has_trackers))
-        stop = stack.enter_context(stop_on_signals())
+        stop = stack.enter_context(stop_on_signals(guard.excess))
         store = stack.enter_context(open_store(run_dir, names, config.checkpoints, engine))
         first = names.index(start.state["stage"]) if start else 0
         for index, stage in enumerate(config.stages):

@@ -13,7 +13,7 @@ import torch
 from ultravox.errors import UltravoxError
 from ultravox.metrics.token_predictions import PredictionCounts, pool_predictions
 from ultravox.training.engines.base import Engine
-from ultravox.training.interrupt import StopRequest, TrainingInterrupted
+from ultravox.training.interrupt import Reason, StopRequest, TrainingInterrupted
 from ultravox.training.loss_scale import FIRST_SCALE, LEAST_SCALE, next_scale
 from ultravox.training.memory import empty_cache
 from ultravox.training.optim import Optimizer, lr_factor
@@ -126,8 +126,8 @@ class StepRecord:
     """The examples of a step whose loss stands far above the usual."""
     split_ids: list[list[str]] | None = None
     """The examples of each batch that did not fit into memory, and was run in halves."""
-    signal_number: int | None = None
-    """Of the signal by which a rank was asked to stop."""
+    stop_reason: Reason | None = None
+    """Why a rank is to stop, and so all."""
 
 
 class Callback(Protocol):
@@ -166,12 +166,12 @@ def run_stage(
         load: the endless steps' batches, from a state's epoch, window and batch on.
         state: where to go on; None = at the beginning.
         callbacks: watchers.
-        save: writes a checkpoint; called at `checkpoint_every`, at the end, and before stopping on a signal.
-        stop: a signal's request to end after the step in hand; one rank's is all ranks'.
+        save: writes a checkpoint; called at `checkpoint_every`, at the end, and before stopping.
+        stop: a request to end after the step in hand; one rank's is all ranks'.
         engine: shares the steps with other ranks, on which the same stage runs; None = this process by itself.
 
     Raises:
-        TrainingInterrupted: after a signal, once saved.
+        TrainingInterrupted: after such a request, once saved.
         UltravoxError: `max_skipped_steps` in a row were not finite.
     """
     state = state or LoopState()
@@ -200,7 +200,7 @@ class _Counts:
     ids: list[str] = field(default_factory=list)
     splits: list[list[str]] = field(default_factory=list)
     predictions: list[PredictionCounts] = field(default_factory=list)
-    signal_number: int | None = None
+    stop_reason: Reason | None = None
 
     def add(self, output: LossOutput) -> None:
         """One micro-batch."""
@@ -234,7 +234,7 @@ class _Counts:
         self.ids += other.ids
         self.splits += other.splits
         self.predictions += other.predictions
-        self.signal_number = self.signal_number or other.signal_number
+        self.stop_reason = self.stop_reason or other.stop_reason
 
 
 @dataclass(slots=True)
@@ -277,17 +277,17 @@ class _Loop:
             if last or settings.evaluates_after(state.step):
                 self._evaluate(state, callbacks)
             state.seconds = time.monotonic() - begin
-            signal_number = record.signal_number
+            reason = record.stop_reason
             if self.engine.world_size == 1:  # also of a signal during the evaluation; among ranks, all must know of it
-                signal_number = self.stop.signal_number
+                reason = self.stop.reason
             due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
-            if last or signal_number is not None or due:
+            if last or reason is not None or due:
                 with self.optimizer.averaged():
                     save(state)
             if settings.empty_cache_every and state.step % settings.empty_cache_every == 0:
                 empty_cache(self.engine.device)
-            if signal_number is not None and not last:
-                raise TrainingInterrupted(signal_number)
+            if reason is not None and not last:
+                raise TrainingInterrupted(reason)
 
     def _step(self, state: LoopState, loaded: LoadedStep) -> StepRecord:
         """One optimizer step: gradients of the loss sums of all micro-batches, divided by their common count."""
@@ -297,7 +297,7 @@ class _Loop:
             mine.ids += batch.ids
             for output in self._outputs(batch, mine.splits, state.loss_scale):
                 mine.add(output)
-        mine.signal_number = self.stop.signal_number
+        mine.stop_reason = self.stop.look()
         counts = _Counts()
         for found in self.engine.gather(mine):
             counts.join(found)
@@ -343,7 +343,7 @@ class _Loop:
             skipped_ids=None if taken else counts.ids,
             spike_ids=counts.ids if taken and is_spike else None,
             split_ids=counts.splits or None,
-            signal_number=counts.signal_number,
+            stop_reason=counts.stop_reason,
         )
 
     def _outputs(self, batch: Any, splits: list[list[str]], scale: float) -> list[LossOutput]:
