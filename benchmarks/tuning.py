@@ -25,9 +25,9 @@ from ultravox.model.fast_attention import Packing, use_fast_attention
 from ultravox.model.fast_mlp import use_fast_mlps
 from ultravox.model.kernels import register_attention, use_fast_norms
 from ultravox.objectives.cross_entropy import cross_entropy
+from ultravox.training.flops import num_matmul_parameters
 from ultravox.training.measure import matmul_flop_rate
 from ultravox.training.memory import keep_freed_memory
-from ultravox.training.tune import num_matmul_parameters
 
 STEPS = 5
 PLAIN = "plain PyTorch"

@@ -315,10 +315,10 @@ def compounding_rate(patch):
     def step(self, *, lr_factor, **options):
         before = dict(self.rates)
         peaks = {group.part: group.lr for group in self.groups}
-        for group in self._adamw.param_groups:
+        for group in self._rule.optimizer.param_groups:
             group["peak"] = before[group["part"]]
         norm = right(self, lr_factor=lr_factor, **options)
-        for group in self._adamw.param_groups:
+        for group in self._rule.optimizer.param_groups:
             group["peak"] = peaks[group["part"]]
         return norm
 

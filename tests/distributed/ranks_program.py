@@ -42,7 +42,7 @@ def gradients(engine, task, optimizer, batches):
     optimizer.zero_grad()
     task.train_mode()
     for batch in batches:
-        _forward_and_backward(task, engine, batch)
+        _forward_and_backward(task, engine, 1.0, batch)
     engine.reduce(optimizer.parameters)
     named = {name: local_part(p.grad) for name, p in optimizer._named.items() if p.grad is not None}
     return optimizer._norm(named)
@@ -83,9 +83,9 @@ def main(path: str) -> None:
             "numbers_here": sum(local_part(p).numel() for p in shards),
             "trained": sum(p.numel() for p in optimizer._named.values() if is_shard(p)),
             "moments_here": sum(
-                optimizer._adamw.state[master]["exp_avg"].numel()
+                optimizer._rule.optimizer.state[master]["exp_avg"].numel()
                 for name, master in optimizer._masters.items()
-                if is_shard(optimizer._named[name]) and master in optimizer._adamw.state
+                if is_shard(optimizer._named[name]) and master in optimizer._rule.optimizer.state
             ),
         }
     print(json.dumps(found))

@@ -125,6 +125,7 @@ def test_training_goes_on_while_parts_are_written(tmp_path):
             store.save("toy", 1, run.checkpoint(1))
             run.step(2)  # collective, on both, while the threads of both wait
             assert not list_checkpoints(tmp_path, ["toy"])
+            engine.gather(None)  # both have looked
             (tmp_path / "changed").touch()
         stored = load_checkpoint(list_checkpoints(tmp_path, ["toy"])[0]).trainable
         assert all(torch.equal(stored[name], before[name]) for name in before)

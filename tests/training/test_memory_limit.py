@@ -122,7 +122,7 @@ def test_a_resumed_run_uses_the_saved_model(parts, tmp_path, monkeypatch, invent
 def test_the_order_depends_on_the_model(parts, tmp_path, monkeypatch, invented):
     """A saved model that was tampered with is another order, and is refused."""
     from ultravox.errors import CheckpointError
-    from ultravox.training import checkpoint
+    from ultravox.training import checkpoint, sharded_store
 
     config = tune_config(parts, tmp_path / "run", max_batch_memory_gb=LIMIT_GB, max_steps=2)
     run_training(config)
@@ -133,7 +133,7 @@ def test_the_order_depends_on_the_model(parts, tmp_path, monkeypatch, invented):
         found.state["memory"]["margin"] += 0.01
         return found
 
-    monkeypatch.setattr(checkpoint, "load_checkpoint", other)
+    monkeypatch.setattr(sharded_store, "load_checkpoint", other)
     with pytest.raises(CheckpointError, match="the order of the data"):
         run_training(config, resume=True)
 
