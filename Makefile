@@ -47,7 +47,7 @@ $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-quickstart: $(VENV)/.installed ## fetch, train, evaluate, report, and one spoken question (15 to 20 minutes)
+quickstart: $(VENV)/.installed ## fetch, train, evaluate, report, and one spoken question (15 to 30 minutes)
 	$(BIN)/ultravox models fetch smollm2-135m-instruct whisper-tiny.en
 	$(BIN)/ultravox data fetch asterisk-en synthetic-en spoken-requests-en
 	$(BIN)/ultravox train configs/quickstart.yaml --overwrite

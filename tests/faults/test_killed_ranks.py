@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from forked_ranks import STEPS, on_ranks, train
+from killing import kill_in_call
 
 import ultravox.files
 import ultravox.training.sharded_store as module
@@ -50,20 +51,7 @@ def kill_at(name: str, call: int, after: bool) -> None:
         "write_text": (Path, "write_text"),
         "replace": (os, "replace"),
     }
-    owner, attribute = owners[name]
-    real, calls = getattr(owner, attribute), 0
-
-    def die(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args, **kwargs)
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, attribute, die)
+    kill_in_call(*owners[name], call, after=after)
 
 
 def verify_and_finish(folder, whole, least, most):

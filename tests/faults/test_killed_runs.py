@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import kill_in_call
 from toy_task import Recorder, ToyTask, toy_optimizer
 
 import ultravox.files
@@ -111,24 +112,12 @@ def kill_at(name: str, call: int, after: bool):
         "unlink": (os, "unlink"),
         "rmtree": (shutil, "rmtree"),
     }
-    owner, attribute = owners[name]
-    real, calls = getattr(owner, attribute), 0
 
-    def die(*args, **kwargs):
-        nonlocal calls
-        if name == "rmtree" and "removed" not in str(args[0]):
-            return real(*args, **kwargs)
-        if name == "rmtree" and not Path(args[0]).exists():
-            return real(*args, **kwargs)
-        calls += 1
-        if calls == call and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args, **kwargs)
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+    def counts(target, *args, **kwargs):
+        return "removed" in str(target) and Path(target).exists()
 
-    setattr(owner, attribute, die)
+    more = {"counts": counts} if name == "rmtree" else {}
+    kill_in_call(*owners[name], call, after=after, **more)
 
 
 def verify_and_finish(folder, whole):

@@ -5,20 +5,13 @@ import shutil
 
 import pytest
 from faulty_runs import config_for, losses_of, one_line, write_rows, written
+from tiny_run import WAVEFORM
 
 from ultravox.training.checkpoint import list_checkpoints
 from ultravox.training.run import run_training
 
 STEPS = 28
 COMPARED = 20
-WAVEFORM = {
-    "gain_db": 6,
-    "speed": 0.1,
-    "noise_share": 0.5,
-    "reverb_share": 0.3,
-    "codec_share": 0.3,
-    "codecs": ["mulaw"],
-}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from faulty_runs import config_for, write_rows, written
-from toy_task import Recorder, ToyTask, toy_optimizer
+from toy_task import Recorder, ToyTask, spiking_task, toy_optimizer
 
 import ultravox.training.checkpoint_store as store_module
 from ultravox.cli.main import main
@@ -180,16 +180,7 @@ def test_a_run_of_such_losses_ends_and_says_with_which_clips(parts, rows, tmp_pa
 
 
 def test_a_spike_is_logged_with_its_ids(tmp_path):
-    task = ToyTask(noise=0.0)
-    inner = task.loss
-
-    def loss(batch):
-        output = inner(batch)
-        if len(task.seen) == 25:
-            output.sum = output.sum * 100
-        return output
-
-    task.loss = loss
+    task = spiking_task()
     found, _ = logged(tmp_path, task)
     (spike,) = [row for row in found if "spike_ids" in row]
     assert (spike["step"], spike["spike_ids"]) == (25, task.seen[24])

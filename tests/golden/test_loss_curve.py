@@ -3,13 +3,7 @@
 import json
 
 import pytest
-from golden_run import CURVE, golden_losses, save_tiny_models, save_tones
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("golden")
-    return save_tiny_models(folder), save_tones(folder / "tones")
+from golden_run import CURVE, golden_losses
 
 
 @pytest.fixture(autouse=True)

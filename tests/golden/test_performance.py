@@ -4,19 +4,13 @@ import json
 
 import pytest
 import torch
-from golden_run import CURVE, golden_losses, save_tiny_models, save_tones
+from golden_run import CURVE, golden_losses
 from tiny_run import tiny_config
 
 from ultravox.config.schema import RunConfig
 from ultravox.errors import ConfigError
 from ultravox.model.performance import choose_attention, layers_of, run_efficiently, use_liger
 from ultravox.training.run import run_training
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("golden")
-    return save_tiny_models(folder), save_tones(folder / "tones")
 
 
 @pytest.fixture(autouse=True)

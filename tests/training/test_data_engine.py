@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import soundfile
-from tiny_run import tiny_config
+from tiny_run import WAVEFORM, tiny_config
 
 from ultravox.cli.main import main
 from ultravox.data.order import Position
@@ -20,15 +20,6 @@ from ultravox.training.interrupt import TrainingInterrupted
 from ultravox.training.run import run_training
 from ultravox.training.speech import prepare_speech
 from ultravox.training.tune import TuneTask
-
-WAVEFORM = {
-    "gain_db": 6,
-    "speed": 0.1,
-    "noise_share": 0.5,
-    "reverb_share": 0.3,
-    "codec_share": 0.3,
-    "codecs": ["mulaw"],
-}
 
 
 def config_of(parts, run_dir, *, steps=4, data=None, **stage):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from toy_task import Recorder, ToyTask, toy_optimizer
+from toy_task import Recorder, ToyTask, spiking_task, toy_optimizer
 
 from ultravox.errors import UltravoxError
 from ultravox.training.interrupt import TrainingInterrupted, stop_on_signals
@@ -139,16 +139,7 @@ def test_checkpoints_are_asked_for_when_due():
 
 
 def test_a_spike_is_logged_with_its_clips():
-    task = ToyTask(noise=0.0)
-    inner = task.loss
-
-    def loss(batch):
-        output = inner(batch)
-        if len(task.seen) == 25:
-            output.sum = output.sum * 100
-        return output
-
-    task.loss = loss
+    task = spiking_task()
     _, recorder, _ = train(task, max_steps=30)
     spikes = [record for record in recorder.records if record.spike_ids]
     assert [record.step for record in spikes] == [25]

@@ -19,6 +19,15 @@ from ultravox.config.schema import RunConfig
 from ultravox.data.manifest import Clip, write_dataset
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+#: Every augmentation of waveforms that needs no further package.
+WAVEFORM = {
+    "gain_db": 6,
+    "speed": 0.1,
+    "noise_share": 0.5,
+    "reverb_share": 0.3,
+    "codec_share": 0.3,
+    "codecs": ["mulaw"],
+}
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -117,3 +117,18 @@ class Recorder:
 
     def on_evaluation(self, stage, step, metrics) -> None:
         self.evaluations.append((step, metrics))
+
+
+def spiking_task(step: int = 25) -> ToyTask:
+    """Its loss is a hundred times as large in one step, which counts from 1."""
+    task = ToyTask(noise=0.0)
+    inner = task.loss
+
+    def loss(batch):
+        output = inner(batch)
+        if len(task.seen) == step:
+            output.sum = output.sum * 100
+        return output
+
+    task.loss = loss
+    return task

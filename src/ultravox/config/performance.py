@@ -13,7 +13,7 @@ class PerformanceConfig(Section):
     checkpoint_language_model: bool = Field(
         False,
         description="activation checkpointing: keep only what goes into each layer of the language model, and run it "
-        "again on the way back; less memory for about a third more time",
+        "again on the way back; less memory for one more forward pass",
     )
     checkpoint_audio_encoder: bool = Field(False, description="the same for an audio encoder that trains")
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = Field(

@@ -3,19 +3,18 @@
 import torch
 
 #: Dense products of 16-bit numbers with sums in 32 bits, FLOP per second, by what the driver calls the GPU; from
-#: NVIDIA's data sheets (their figures "with sparsity" are twice these). The first name that is part of it counts.
-GPU_RATES = {
+#: NVIDIA's data sheets (their figures "with sparsity" are twice these). The first name that is part of it counts; of
+#: those with None, sources differ.
+GPU_RATES: dict[str, float | None] = {
+    "H200 NVL": None,
     "H200": 989e12,
+    "H100 NVL": None,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
-    "A10G": 70e12,
     "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
     "T4": 65e12,
 }
 
