@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import torch
 
 from ultravox.config.load import load_config
+from ultravox.config.optim import OptimConfig
 from ultravox.data.order import Position
 from ultravox.model.factory import build_model, build_processor
 from ultravox.model.fast import use_fast_kernels
 from ultravox.training.engines.factory import build_engine
 from ultravox.training.engines.shards import is_shard, local_part
 from ultravox.training.interrupt import StopRequest
-from ultravox.training.optim import Optimizer
+from ultravox.training.optimizer_factory import build_optimizer
 from ultravox.training.seeding import seed_everything
 from ultravox.training.speech import prepare_speech, trainable_of
 from ultravox.training.trainer import LoopSettings, LoopState, _forward_and_backward, _Loop
@@ -31,10 +32,8 @@ def prepared(config, engine):
     data.trainable = trainable_of(model)
     task = TuneTask(model, processor, data, config.stages[-1], config.seed)
     task.is_sharded = engine.is_sharded
-    optimizer = Optimizer(
-        task.parameter_groups(), weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, sum_over_ranks=engine.sum
-    )
-    return task, optimizer
+    optim = OptimConfig(weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, warmup_steps=0, lr={})
+    return task, build_optimizer(task.parameter_groups(), optim, engine)
 
 
 def gradients(engine, task, optimizer, batches):
@@ -44,8 +43,7 @@ def gradients(engine, task, optimizer, batches):
     for batch in batches:
         _forward_and_backward(task, engine, 1.0, batch)
     engine.reduce(optimizer.parameters)
-    named = {name: local_part(p.grad) for name, p in optimizer._named.items() if p.grad is not None}
-    return optimizer._norm(named)
+    return optimizer.step(divisor=1.0, max_grad_norm=1e9, lr_factor=0.0)  # which changes no weight
 
 
 def of_text_alone(task, batch):
@@ -77,18 +75,39 @@ def main(path: str) -> None:
             found[name] = gradients(engine, task, optimizer, of_rank)
         if engine.world_size > 1:
             found |= steps(engine, task, optimizer, first)
-        shards = [p for p in task.model.parameters() if is_shard(p)]
-        found |= {
-            "numbers": sum(p.numel() for p in shards),
-            "numbers_here": sum(local_part(p).numel() for p in shards),
-            "trained": sum(p.numel() for p in optimizer._named.values() if is_shard(p)),
-            "moments_here": sum(
-                optimizer._rule.optimizer.state[master]["exp_avg"].numel()
-                for name, master in optimizer._masters.items()
-                if is_shard(optimizer._named[name]) and master in optimizer._rule.optimizer.state
-            ),
-        }
+        found |= held(engine, task, optimizer)
     print(json.dumps(found))
+
+
+def held(engine, task, optimizer):
+    """How many numbers of weights and moments are shared out, and how many of them this rank has in memory."""
+    layers = list(task.model.get_decoder().layers.parameters())
+    states = optimizer._rule.optimizer.state
+    if engine.kind in ("zero2", "zero3"):
+        in_parts = [p for p in layers if hasattr(p, "ds_tensor")]
+        assert all(p.numel() == 0 for p in in_parts), "layers are given back after a step"
+        return {
+            "numbers": sum(p.ds_numel for p in in_parts),
+            "numbers_here": sum(p.ds_tensor.numel() for p in in_parts),
+            "trained": sum(shape.numel() for shape in optimizer._shapes.values()),
+            "moments_here": sum(state["exp_avg"].numel() for state in states.values()),
+            "parts_here": optimizer.num_held,
+        }
+    shards = [p for p in task.model.parameters() if is_shard(p)]
+    return {
+        "numbers": sum(p.numel() for p in shards),
+        "numbers_here": sum(local_part(p).numel() for p in shards),
+        "trained": sum(p.numel() for p in optimizer._named.values() if is_shard(p)),
+        "moments_here": sum(
+            states[master]["exp_avg"].numel()
+            for name, master in optimizer._masters.items()
+            if is_shard(optimizer._named[name]) and master in states
+        ),
+    }
+
+
+def weights(engine, task):
+    return {n: t.clone() for n, t in engine.snapshot(task.trainable_state, task.trainable.values()).items()}
 
 
 def steps(engine, task, optimizer, batch):
@@ -97,7 +116,7 @@ def steps(engine, task, optimizer, batch):
 
     step = SimpleNamespace(after=(0, 0, 1), batches=[SimpleNamespace(batch=batch)])
     real = engine.reduce
-    before = {name: value.clone() for name, value in task.trainable_state().items()}
+    before = weights(engine, task)
 
     def spoilt(parameters):
         if engine.rank == 1:
@@ -109,7 +128,7 @@ def steps(engine, task, optimizer, batch):
 
     engine.reduce = spoilt
     record = loop._step(LoopState(), step)
-    after = task.trainable_state()
+    after = weights(engine, task)
     unchanged = all(torch.equal(before[name], after[name]) for name in before)
     engine.reduce = real
     sound = loop._step(LoopState(step=1), step)

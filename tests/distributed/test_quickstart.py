@@ -47,7 +47,7 @@ def alone(tmp_path_factory):
     return run(tmp_path_factory.mktemp("alone"), "run", 1)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_the_quickstart_on_two_ranks(alone, tmp_path, kind):
     found = run(tmp_path, "run", 2, "--engine.kind", kind)
     expected = losses(alone)

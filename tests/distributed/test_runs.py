@@ -68,7 +68,7 @@ def alone(parts, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_two_ranks_train_as_one_process_does(parts, alone, tmp_path, kind, dtype):
     train_well(write_config(parts, tmp_path, "run", kind=kind, dtype=dtype), 2)
     one, two = alone / dtype, tmp_path / "run"

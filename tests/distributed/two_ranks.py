@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+DEEPSPEED = str(Path(sys.prefix) / "deepspeed")
+"""It lies there: see the Makefile."""
 TRAINING = HERE.parent / "training"
 
 
@@ -29,7 +31,7 @@ def start(arguments: list[str], world_size: int, cwd: Path | None = None, **more
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(TRAINING), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(TRAINING), os.environ.get("PYTHONPATH", ""), DEEPSPEED]),
             **more_env,
         }
         if world_size == 1:

@@ -125,6 +125,7 @@ class RunConfig(Section):
             if names.count(name) > 1:
                 both = [f"stages.{index}.name" for index, other in enumerate(names) if other == name]
                 raise misfit(f"two stages are named {name!r}; rename one", *both)
+        self.engine.require_form(self.model.dtype, compiles=self.performance.compile)
         for index, stage in enumerate(self.stages):
             if stage.max_steps:  # one that is left out need not fit: another file may have brought it in
                 self._check_stage(stage, f"stages.{index}")
@@ -183,13 +184,7 @@ class RunConfig(Section):
                 f"{key}.tune.boundary_share",
                 "model.audio_boundaries",
             )
-        if self.engine.kind == "fsdp2" and stage.optim.optimizer == "adamw_8bit":
-            raise misfit(
-                f"stage {stage.name!r}: adamw_8bit has a scale for each 256 numbers, which engine.kind fsdp2 would cut "
-                "through: take adamw, whose moments are shared between the ranks, or ddp",
-                f"{key}.optim.optimizer",
-                "engine.kind",
-            )
+        self.engine.require_shared_states(stage.name, key, stage.optim.optimizer)
         stage.tune.next_frame.require_still_target(stage.name, key, self._encoder_trains)
         if self.model.projector == "ctc_compressed":
             self._check_unknown_positions(stage, key)

@@ -71,12 +71,7 @@ class Optimizer:
         self._sum = sum_over_ranks
         self.groups = [group for group in groups if group.parameters]
         self._named = {name: parameter for group in self.groups for name, parameter in group.parameters.items()}
-        self._masters = {
-            name: parameter
-            if parameter.dtype == torch.float32 and not is_shard(parameter)
-            else nn.Parameter(local_part(parameter.detach()).float())
-            for name, parameter in self._named.items()
-        }
+        self._masters = {name: self._master_of(parameter) for name, parameter in self._named.items()}
         settings = []
         for group in self.groups:
             for decays in (True, False):
@@ -93,6 +88,12 @@ class Optimizer:
         self._trained: dict[str, Tensor] = {}
         """What trains, while the model holds its average."""
         self._rule: UpdateRule = RULES[rule](settings, betas, eps, fused=fused)
+
+    def _master_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the rule updates for a parameter."""
+        if parameter.dtype == torch.float32 and not is_shard(parameter):
+            return parameter
+        return nn.Parameter(local_part(parameter.detach()).float())
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -136,7 +136,7 @@ def _run_training(config: RunConfig, engine: Engine, *, resume: bool, overwrite:
 
         store.join()
         # 5. The model as others read it, then the summary, which says that the run is whole
-        state = {name: whole(value) for name, value in model.state_dict().items()} if engine.is_sharded else None
+        state = {name: whole(value) for name, value in model.state_dict().items()} if engine.saves_parts else None
         if engine.is_main:
             with atomic_folder(run_dir / "model") as folder:
                 save_model(model, processor, folder, state)

@@ -102,7 +102,7 @@ class ShardedCheckpointStore(CheckpointStore):
 
 def open_store(run_dir: Path, stages: Sequence[str], config: CheckpointsConfig, engine: Engine) -> CheckpointStore:
     """The store of a run's checkpoints: in parts, where the engine's ranks hold parts. All ranks must call it."""
-    if not engine.is_sharded:
+    if not engine.saves_parts:
         return CheckpointStore.from_config(run_dir, stages, config)
     ranks = WritingRanks(engine.rank, engine.timeout_seconds)
     return ShardedCheckpointStore.from_config(run_dir, stages, config, ranks=ranks)
@@ -163,7 +163,7 @@ def load_for_engine(folder: Path, engine: Engine) -> Checkpoint:
     Raises:
         CheckpointError: on every rank, the same; see `load_checkpoint`.
     """
-    if not engine.is_sharded or read_manifest(folder)["version"] != PARTS_VERSION:
+    if not engine.saves_parts or read_manifest(folder)["version"] != PARTS_VERSION:
         return load_checkpoint(folder)
     fault = None
     try:

@@ -26,6 +26,7 @@ from ultravox.training.memory import keep_freed_memory, release_freed_memory
 from ultravox.training.memory_model import MemoryModel
 from ultravox.training.memory_probe import calibrate_task
 from ultravox.training.optim import Optimizer
+from ultravox.training.optimizer_factory import build_optimizer
 from ultravox.training.peak_rate import peak_rate
 from ultravox.training.resume import (
     require_same,
@@ -89,21 +90,15 @@ def train_stage(context: StageRun, start: checkpoints.Checkpoint | None) -> None
         memory = calibrate_task(task) if known is None else MemoryModel.from_json(known)
         memory = MemoryModel.from_json(engine.gather(memory.to_json())[0])  # one plan for all ranks
         task.limit_memory(memory, round(stage.max_batch_memory_gb * 1e9))
-    optimizer = Optimizer(
-        groups,
-        weight_decay=optim.weight_decay,
-        betas=optim.betas,
-        eps=optim.eps,
-        rule=optim.optimizer,
-        fused=optim.fused,
-        sum_over_ranks=engine.sum,
-    )
+    if start is not None:
+        task.load_trainable_state(parts_like(start.trainable, task.trainable_state()))
+    optimizer = build_optimizer(groups, optim, engine) if done is None else None
     if engine.rank:
         seed_everything(config.seed, f"{stage.name}, rank {engine.rank}")  # dropout of its own
     state = LoopState()
     if start is not None:
-        state = _restore(context, task, optimizer, start, goes_on=done is None)
-    if done is not None:
+        state = _restore(context, task, optimizer, start)
+    if optimizer is None:
         return  # the checkpoint is that of the stage's end
 
     last: dict[str, float] = {}
@@ -117,8 +112,10 @@ def train_stage(context: StageRun, start: checkpoints.Checkpoint | None) -> None
             if engine.is_main:
                 save_head(context.run_dir, stage.name, task)
         content = {**_checkpoint_content(context, task, state), "metrics": evaluated.get(state.step, {})}
-        checkpoint = checkpoints.Checkpoint(task.trainable_state(), optimizer.state_dict(), content)
-        if engine.is_main or engine.is_sharded:
+        checkpoint = checkpoints.Checkpoint(
+            engine.snapshot(task.trainable_state, task.trainable.values()), optimizer.state_dict(), content
+        )
+        if engine.is_main or engine.saves_parts:
             context.store.save(stage.name, state.step, checkpoint)
             if config.logging.upload_checkpoints:
                 context.store.join()  # trackers read the files
@@ -155,17 +152,18 @@ def _make_task(context: StageRun) -> SpeechTask:
 
 
 def _restore(
-    context: StageRun, task: SpeechTask, optimizer: Optimizer, start: checkpoints.Checkpoint, *, goes_on: bool
+    context: StageRun, task: SpeechTask, optimizer: Optimizer | None, start: checkpoints.Checkpoint
 ) -> LoopState:
-    """Put a stage to where a checkpoint in it stands, on this rank; its data too, if it `goes_on`.
+    """Put a stage, whose weights are in place, to where a checkpoint in it stands, on this rank.
+
+    Without an optimizer it does not go on, so that its data stays at the beginning.
 
     Raises:
         CheckpointError: it does not fit, or a stream was dealt to another number of ranks.
     """
     engine, stage, saved = context.engine, context.stage, start.state
     where = checkpoints.checkpoint_folder(context.run_dir, stage.name, saved["step"])
-    task.load_trainable_state(parts_like(start.trainable, task.trainable_state()))
-    if goes_on:
+    if optimizer is not None:
         optimizer.load_state_dict(parts_like(start.optimizer, optimizer.targets()))
     mine = checkpoints.state_of_rank(saved, engine.rank, engine.world_size)
     if mine is not None:
@@ -177,7 +175,7 @@ def _restore(
         require_same(ranks, {"ranks": engine.world_size}, "the number of processes that share the streams", where)
         assert mine is not None
         state.epoch, state.window, state.batch = mine["position"]
-    if goes_on:
+    if optimizer is not None:
         task.go_to(_position(state), saved["stream"] if mine is None else mine["stream"])
     return state
 

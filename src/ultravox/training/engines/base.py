@@ -5,7 +5,7 @@ of losses; what the ranks counted is put together (`gather`); their gradients ar
 divides by the common count and updates what it holds. So the number of ranks changes no number beyond rounding.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -26,6 +26,9 @@ class Engine:
     """Longest wait for another rank, and longest step, where there are others."""
     is_sharded = False
     """Whether forward passes are collective: each rank must run as many, in the same order, or all hang."""
+
+    saves_parts = False
+    """Whether each rank writes its own part of a checkpoint."""
 
     @property
     def is_main(self) -> bool:
@@ -54,6 +57,10 @@ class Engine:
     def whole_weights(self) -> Iterator[None]:
         """Inside the block each rank has all weights, and its forward passes are its own affair."""
         yield
+
+    def snapshot(self, read: Callable[[], dict[str, Tensor]], parameters: Iterable[nn.Parameter]) -> dict[str, Tensor]:
+        """What `read` gives, which looks at these parameters: while it does, they are there, as shards or whole."""
+        return read()
 
     @contextmanager
     def watch(self) -> Iterator[None]:

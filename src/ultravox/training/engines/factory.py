@@ -24,7 +24,7 @@ def build_engine(config: EngineConfig, device_name: str = "cpu") -> Iterator[Eng
         if ranks.world_size > 1:
             raise ConfigError(
                 f"engine.kind is single, but the launcher started {ranks.world_size} processes, each of which would "
-                "train all by itself: choose ddp or fsdp2, or start one process"
+                "train all by itself: choose ddp, fsdp2, zero2 or zero3, or start one process"
             )
         engine = Engine()
         engine.device = device
@@ -40,6 +40,10 @@ def build_engine(config: EngineConfig, device_name: str = "cpu") -> Iterator[Eng
             from ultravox.training.engines.data_parallel import DataParallelEngine
 
             yield DataParallelEngine(ranks, config.timeout_seconds, device)
+        elif kind in ("zero2", "zero3"):
+            from ultravox.training.engines.zero import ZeroEngine
+
+            yield ZeroEngine(ranks, config.timeout_seconds, device, stage=kind)
         else:
             from ultravox.training.engines.fully_sharded import FullyShardedEngine
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from ultravox.errors import ConfigError
 from ultravox.training.engines.data_parallel import DataParallelEngine
+from ultravox.training.engines.layers import decoder_layers
 from ultravox.training.engines.ranks import Ranks
 from ultravox.training.engines.shards import is_shard, local_part
 
@@ -26,6 +26,7 @@ class FullyShardedEngine(DataParallelEngine):
 
     kind = "fsdp2"
     is_sharded = True
+    saves_parts = True
 
     def __init__(
         self, ranks: Ranks, timeout_seconds: float, device: torch.device, *, reshard_after_forward: bool = True
@@ -42,12 +43,7 @@ class FullyShardedEngine(DataParallelEngine):
     def prepare(self, model: nn.Module) -> None:
         """See `Engine`. ConfigError: a decoder without a list of layers."""
         super().prepare(model)
-        layers = getattr(model.get_decoder(), "layers", None)  # type: ignore[operator]
-        if not isinstance(layers, nn.ModuleList) or not len(layers):
-            raise ConfigError(
-                f"{type(model.get_decoder()).__name__} has no list of layers to shard: "  # type: ignore[operator]
-                "choose engine.kind ddp"
-            )
+        layers = decoder_layers(model)
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for layer in layers:
