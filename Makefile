@@ -36,11 +36,13 @@ $(VENV)/.created:
 
 # Everything but torch is checked against its hash; torch comes last, so that what it needs is already there, pinned.
 # --no-deps: the lock is complete. --only-binary: nothing is compiled here, so no compiler is needed.
-# What slows every start where it can be imported lies beside, for the tests that want it.
-$(VENV)/.locked: $(VENV)/.created requirements.lock requirements-torch.lock requirements-side.lock
+# What slows every start where it can be imported lies beside, for the tests that want it, as does DeepSpeed, which is
+# published as source alone, and of which nothing is compiled.
+$(VENV)/.locked: $(VENV)/.created requirements.lock requirements-torch.lock requirements-side.lock requirements-deepspeed.lock
 	$(PIP) install --quiet --no-deps --only-binary :all: --require-hashes -r requirements.lock
 	$(PIP) install --quiet -r requirements-torch.lock
 	$(PIP) install --quiet --no-deps --only-binary :all: --require-hashes --target $(VENV)/side --upgrade -r requirements-side.lock
+	DS_BUILD_OPS=0 $(PIP) install --quiet --no-deps --no-build-isolation --require-hashes --target $(VENV)/deepspeed --upgrade -r requirements-deepspeed.lock
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.locked pyproject.toml

@@ -30,10 +30,16 @@ def alone(parts, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize(("kind", "more"), [("zero2", ()), ("zero3", ("--performance.checkpoint_language_model", "true"))])
+@pytest.mark.parametrize(
+    ("kind", "more"), [("zero2", ()), ("zero3", ("--performance.checkpoint_language_model", "true"))]
+)
 def test_a_run_goes_on_bit_for_bit_and_on_one_process(parts, alone, tmp_path, kind, more):
     train_well(write_config(parts, tmp_path, "whole", steps=STEPS, kind=kind), 2, *more)
-    config, run, single = write_config(parts, tmp_path, "run", steps=STEPS, kind=kind), tmp_path / "run", tmp_path / "one"
+    config, run, single = (
+        write_config(parts, tmp_path, "run", steps=STEPS, kind=kind),
+        tmp_path / "run",
+        tmp_path / "one",
+    )
     for code, output in stop_at(start(["-m", "ultravox", "train", str(config), *more], 2), run, 6, 1):
         assert code == 143, output
     saved = list_checkpoints(run, ["align", "tune"])[-1]

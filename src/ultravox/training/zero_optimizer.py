@@ -53,7 +53,9 @@ class ZeroOptimizer(Optimizer):
         engine: whose ranks hold the states until `finish`.
         """
         self._engine = engine
-        super().__init__(groups, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused, sum_over_ranks=engine.sum)
+        super().__init__(
+            groups, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused, sum_over_ranks=engine.sum
+        )
         self._shapes = {name: parameter.shape for name, parameter in self._named.items()}
         self._is_rounded = any(parameter.dtype != torch.float32 for parameter in self._named.values())
         self._parts: dict[str, _Part] = {}
@@ -68,7 +70,9 @@ class ZeroOptimizer(Optimizer):
 
     def _flats(self) -> list[nn.Parameter]:
         zero = self._zero
-        return list(zero.fp32_partitioned_groups_flat if self._engine.is_sharded else zero.single_partition_of_fp32_groups)
+        return list(
+            zero.fp32_partitioned_groups_flat if self._engine.is_sharded else zero.single_partition_of_fp32_groups
+        )
 
     @property
     def num_held(self) -> int:
@@ -126,14 +130,12 @@ class ZeroOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Tensor]:
         """See `Optimizer`: whole tensors, on each rank."""
         states = self._rule.optimizer.state
-        first = next((states[flat] for flat in self._flats() if flat in states), {})
-        steps = self._engine.gather({key: value.clone() for key, value in first.items() if key == "step"})
         found: dict[str, Tensor] = {}
+        steps = [states[flat]["step"].item() for flat in self._flats() if flat in states]
         for name in self._named:
-            if any(steps):
-                found[f"{name}.step"] = next(step for step in steps if step)["step"]
-                for key in self._rule.shaped:
-                    found[f"{name}.{key}"] = self._whole(name, key)
+            if steps:  # all of a stage's vectors are updated in the same steps, on all ranks
+                found[f"{name}.step"] = torch.tensor(steps[0])
+                found |= {f"{name}.{key}": self._whole(name, key) for key in self._rule.shaped}
             if self._is_rounded:
                 found[f"{name}.master"] = self._whole(name, None)
         return found
@@ -169,7 +171,7 @@ class ZeroOptimizer(Optimizer):
                 part.of(vector).copy_(value.reshape(-1)[part.offset : part.offset + part.numel])
 
 
-def _part(zero: Any, parameter: nn.Parameter, flats: list[nn.Parameter], engine: ZeroEngine) -> _Part | None:
+def _part(zero: Any, parameter: Any, flats: list[nn.Parameter], engine: ZeroEngine) -> _Part | None:
     """Where DeepSpeed has put this rank's part of a parameter, if it has one.
 
     Args:

@@ -47,8 +47,8 @@ class ZeroEngine(DataParallelEngine):
         self.is_sharded = stage == "zero3"
         self._deepspeed = import_deepspeed(device)
         self._layers: list[nn.Module] = []
-        self._before: list[tuple[Any, dict[str, Any]]] = []
-        """Layers and parameters, with the attributes that they had before DeepSpeed took them over."""
+        self._before: list[tuple[Any, dict[str, Any], torch.dtype | None]] = []
+        """Modules and parameters, with the attributes and dtype that they had before DeepSpeed took them over."""
         self._kept: list[nn.Parameter] = []
         self._scalars: list[nn.Parameter] = []
         """Without dimensions, which DeepSpeed cannot have: they have one while it runs."""
@@ -78,7 +78,7 @@ class ZeroEngine(DataParallelEngine):
         container.layers = nn.ModuleList(self._layers)
         container.others = nn.ParameterList(parameter for parameter in trained if parameter not in in_layers)
         owners = [*container.modules(), *container.parameters()]
-        self._before = [(owner, dict(vars(owner))) for owner in owners]
+        self._before = [(owner, dict(vars(owner)), getattr(owner, "dtype", None)) for owner in owners]
         self._scalars = [parameter for parameter in trained if parameter.dim() == 0]
         _reshape(self._scalars, (1,))
         for layer in self._layers:
@@ -165,13 +165,13 @@ class ZeroEngine(DataParallelEngine):
     def stop(self) -> None:
         """Take back what DeepSpeed holds: each parameter is whole, with nothing on it that was not there. Collective."""
         running, self.running, self._sums = self.running, None, None
-        taken = [owner for owner, _ in self._before if isinstance(owner, nn.Parameter)]
+        taken = [owner for owner, _, _ in self._before if isinstance(owner, nn.Parameter)]
         if self.is_sharded:
             self._gather(taken)
         running.destroy()
-        for owner, attributes in self._before:
+        for owner, attributes, dtype in self._before:
             if isinstance(owner, nn.Parameter):
-                owner.data = owner.data.clone()  # of its own memory, not a part of a buffer
+                owner.data = owner.data.to(dtype, copy=True)  # of its own memory, not a part of a buffer
                 owner.grad = None
             else:
                 owner._parameters = attributes["_parameters"]
@@ -186,7 +186,7 @@ class ZeroEngine(DataParallelEngine):
         if not self.is_sharded or self.running is None:
             yield
             return
-        parameters = [parameter for layer in self._layers for parameter in layer.parameters()]
+        parameters: list[Any] = [parameter for layer in self._layers for parameter in layer.parameters()]
         self._keep(parameters)
         try:
             yield
@@ -203,7 +203,7 @@ class ZeroEngine(DataParallelEngine):
             _reshape(self._scalars, (1,) if self.running is not None else ())
         return found
 
-    def _keep(self, parameters: Sequence[nn.Parameter]) -> None:
+    def _keep(self, parameters: Sequence[Any]) -> None:
         """Let each rank have these whole until DeepSpeed updates them."""
         if not self.is_sharded or not parameters:
             return
@@ -217,7 +217,7 @@ class ZeroEngine(DataParallelEngine):
         found: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(in_parts, enabled=bool(in_parts))
         return found
 
-    def _gather(self, parameters: Sequence[nn.Parameter]) -> None:
+    def _gather(self, parameters: Sequence[Any]) -> None:
         if parameters:
             with self._company():
                 parameters[0].all_gather(param_list=list(parameters))
