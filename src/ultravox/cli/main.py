@@ -25,6 +25,7 @@ from ultravox.files import DISK_ERRORS
 
 COMMANDS = {
     "train": "train a model as a config file says",
+    "estimate": "what a run will take on each GPU: parameters, memory, time",
     "diagnose": "find out why a loss does not go down: eighteen checks of data, labels, model and optimizer",
     "evaluate": "measure a trained model on held-out speech, with controls and bounds, and write a report",
     "ask": "ask a model about recordings; the answer streams",
@@ -65,7 +66,7 @@ ACTIONS = {
 
 #: Commands that may load a model or data from the Hugging Face hub, where it wants to know who asks. `train` looks for
 #: all that its run needs itself.
-FROM_HUB = frozenset(("diagnose", "evaluate", "ask", "transcribe", "chat", "models")) | {
+FROM_HUB = frozenset(("estimate", "diagnose", "evaluate", "ask", "transcribe", "chat", "models")) | {
     *(f"data.{action}" for action in ACTIONS["data"] if action != "list"),
     "checkpoint.average",
     "checkpoint.convert",

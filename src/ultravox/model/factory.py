@@ -75,11 +75,17 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     built.generation_config.pad_token_id = tokenizer.pad_token_id
     built.generation_config.suppress_tokens = boundaries
 
+    freeze_and_adapt(built, model)
+    return built
+
+
+def freeze_and_adapt(built: UltravoxModel, model: ModelConfig) -> None:
+    """Let the parts of a model train that its configuration says, and give it adapters."""
     built.language_model.requires_grad_(False)
-    if boundaries is not None:
+    if (boundaries := getattr(built.config, "audio_boundary_ids", None)) is not None:
         built.train_boundaries(boundaries)
     built.audio_tower.requires_grad_(model.train_audio_encoder)
-    for encoder in audio_tower.parts:
+    for encoder in built.audio_tower.parts:
         if isinstance(encoder, WaveformAudioEncoder) and not model.train_feature_encoder:
             # not requires_grad_ alone: these convolutions would still ask for the gradient of the samples
             encoder.encoder.feature_extractor._freeze_parameters()
@@ -90,7 +96,6 @@ def build_model(model: ModelConfig) -> UltravoxModel:
         (built.audio_tower, model.audio_encoder_lora),
     ):
         add_lora(part, lora.rank, lora.effective_alpha, list(lora.target_modules))
-    return built
 
 
 def build_audio_tower(model: ModelConfig, dtype: torch.dtype) -> AudioEncoder:

@@ -61,8 +61,8 @@ class ZeroEngine(DataParallelEngine):
         super().prepare(model)
         if odd := sorted({str(p.dtype) for p in model.parameters() if p.dtype not in DTYPES}):
             raise ConfigError(
-                f"engine.kind {self.kind} trains float32 and bfloat16, but the model has {odd[0].removeprefix('torch.')} "
-                "numbers: choose another model.dtype, or engine.kind ddp"
+                f"engine.kind {self.kind} trains float32 and bfloat16, but the model has numbers of "
+                f"{odd[0].removeprefix('torch.')}: choose another model.dtype, or engine.kind ddp"
             )
         if self.is_sharded:
             self._layers = decoder_layers(model)
@@ -163,7 +163,7 @@ class ZeroEngine(DataParallelEngine):
         return list(optimizer.fp16_groups if self.is_sharded else optimizer.bit16_groups)
 
     def stop(self) -> None:
-        """Take back what DeepSpeed holds: each parameter is whole, with nothing on it that was not there. Collective."""
+        """Take back what DeepSpeed holds: parameters are whole, with nothing on them that was not there. Collective."""
         running, self.running, self._sums = self.running, None, None
         taken = [owner for owner, _, _ in self._before if isinstance(owner, nn.Parameter)]
         if self.is_sharded:
