@@ -1,10 +1,10 @@
 """Holds the memory that `ultravox estimate` tells against what batches, and a whole run, take on this machine's CPU.
 
-    python benchmarks/estimate.py [--rounds 3] [--cases NAME …]
+    python benchmarks/estimate.py [--rounds 3] [--cases NAME …] [--parts batch run]
 
-Each case is a configuration of the quickstart's models, in a process of its own. `batch`: the stage's largest batch, forwards
-and backwards, once as `ultravox estimate` runs it without memory and then in earnest; what PyTorch's allocator hands
-out at most (its profiler says so), and by how much the resident memory rises at most. `run`: two steps a stage of
+Each case is a configuration of the quickstart's models, in processes of its own. `batch`: the stage's largest batch,
+forwards and backwards, once as `ultravox estimate` runs it without memory and then in earnest; what PyTorch's allocator
+hands out at most (its profiler says so), and by how much the resident memory rises at most. `run`: two steps a stage of
 `ultravox train`; the largest resident memory of the process by the estimate's total and what Python and its libraries
 take. In bfloat16, since the kernels that this project has for CPUs are of float32 alone.
 
@@ -71,7 +71,7 @@ def measure_batches(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
 
 
 def allocator_peak(work: Any) -> int:
-    """Most bytes that PyTorch's allocator for CPUs has handed out at once while `work` runs, above what it had before."""
+    """Most bytes that PyTorch's allocator for CPUs has handed out at once while `work` runs, beside those of before."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -94,13 +94,13 @@ def measure_run(overrides: Sequence[str]) -> dict[str, Any]:
 
     words = [*ALWAYS, *overrides]
     total = max(stage.memory.total for stage in estimate_run(load_config(CONFIG, words)))
-    program = "import resource, ultravox.training.run; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    empty = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    program = "import ultravox.training.run; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    empty = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "ultravox", "train", str(CONFIG), *words, *SHORT, "--run_dir", f"{folder}/run"]
         subprocess.run(command, check=True, capture_output=True)
         peak = json.loads((Path(folder) / "run" / "train.json").read_text())["peak_memory_bytes"]
-    return {"estimated": total, "empty_process": empty, "resident": peak}
+    return {"estimated": total, "empty_process": 1024 * int(empty), "resident": peak}
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -129,17 +129,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="*", choices=["batch", "run"], default=["batch", "run"])
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
     if args.one:
-        found = {"batch": measure_batches(CASES[args.one], args.rounds), "run": measure_run(CASES[args.one])}
-        print(json.dumps(found))
+        overrides = CASES[args.one[0]]
+        print(json.dumps(measure_run(overrides) if args.one[1] == "run" else measure_batches(overrides, args.rounds)))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"version": VERSION, "cases": {}}
     for case in args.cases:
-        command = [sys.executable, __file__, "--rounds", str(args.rounds), "--one", case]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        results["cases"][case] = json.loads(output.splitlines()[-1])
+        of_case = results["cases"].setdefault(case, {})
+        for what in args.parts:
+            command = [sys.executable, __file__, "--rounds", str(args.rounds), "--one", case, what]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            of_case[what] = json.loads(output.splitlines()[-1])
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(case, "done", file=sys.stderr)
     print("\n".join(table(results)))

@@ -359,4 +359,8 @@ def test_bfloat16(tiny_model_config, tiny_processor, make_waveform):
     model = build_model(tiny_model_config.model_copy(update={"dtype": "bfloat16"})).eval()
     output = model(**tiny_processor(text=PROMPT.format("<|audio|>"), audio=make_waveform(0.5)))
     assert output.logits.dtype == torch.bfloat16
+    whole = dict(build_model(tiny_model_config).named_buffers())
+    rotary = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    assert rotary
+    assert all(torch.equal(buffer, whole[name]) for name, buffer in rotary.items()), "in 16 bits they turn wrongly"
     assert torch.isfinite(output.logits).all()

@@ -166,7 +166,7 @@ def _memory(model: UltravoxModel, stage: StageConfig, kind: str, ranks: int, act
     one_layer = max((sum(map(_bytes, layer.parameters())) for layer in layers), default=0)
     # the next layer is gathered while one runs (FSDP2); DeepSpeed gathers none ahead of time here
     gathered = {"fsdp2": 2, "zero3": 1}.get(kind, 0) * one_layer
-    weights = whole - of_layers + of_layers // ranks + gathered
+    weights = whole - of_layers + min(of_layers // ranks + gathered, of_layers)
     gradients, states, update = 0.0, 0.0, 0.0
     for parameter in model.parameters():
         if not parameter.requires_grad:

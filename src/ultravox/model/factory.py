@@ -68,7 +68,9 @@ def build_model(model: ModelConfig) -> UltravoxModel:
     )
     for part in (config.audio_config, config.text_config, *filter(None, [config.second_audio_config])):
         part._name_or_path = ""  # a local folder's path would travel with the checkpoint
-    built = UltravoxModel(config, audio_tower, language_model).to(dtype)
+    built = UltravoxModel(config, audio_tower, language_model)
+    for parameter in built.parameters():  # not the buffers: rotary frequencies in 16 bits would turn far tokens wrongly
+        parameter.data = parameter.data.to(dtype)
     built.multi_modal_projector.init_scale(built.embedding_rms())
     built.choose_rows(None)
     built.generation_config.eos_token_id = end_token_ids(tokenizer, built)
