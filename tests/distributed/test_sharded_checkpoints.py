@@ -123,6 +123,7 @@ def test_training_goes_on_while_parts_are_written(tmp_path):
         module.write_parts = slow
         with open_store(tmp_path, ["toy"], CheckpointsConfig(), engine) as store:
             store.save("toy", 1, run.checkpoint(1))
+            store.settle()
             run.step(2)  # collective, on both, while the threads of both wait
             assert not list_checkpoints(tmp_path, ["toy"])
             engine.gather(None)  # both have looked

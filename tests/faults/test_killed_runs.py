@@ -73,7 +73,9 @@ def run(folder: Path, state: LoopState | None = None, at_step=lambda step, store
             content = {"loop": state.to_json(), "random": random_state()}
             store.save("toy", state.step, Checkpoint(task.trainable_state(), optimizer.state_dict(), content))
 
-        run_stage(task, optimizer, settings, task.load, state=state, callbacks=[recorder], save=save)
+        run_stage(
+            task, optimizer, settings, task.load, state=state, callbacks=[recorder], save=save, settle=store.settle
+        )
     return task, recorder.losses
 
 

@@ -47,7 +47,17 @@ def run(folder, *, background=True, task=None):
             def load(state):
                 return task.load(state, batches_per_step=2)
 
-            run_stage(task, optimizer, settings, load, state=state, callbacks=[recorder], save=save, stop=stop)
+            run_stage(
+                task,
+                optimizer,
+                settings,
+                load,
+                state=state,
+                callbacks=[recorder],
+                save=save,
+                settle=store.settle,
+                stop=stop,
+            )
     except TrainingInterrupted as error:
         ended = error
     return task, recorder.losses, ended

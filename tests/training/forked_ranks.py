@@ -133,3 +133,4 @@ def train(
             at_step(number + 1)
             if engine.is_main or engine.is_sharded:
                 store.save("toy", number + 1, run.checkpoint(number + 1))
+            store.settle()

@@ -8,12 +8,14 @@ import time
 
 import pytest
 import torch
+from toy_task import ToyTask, toy_optimizer
 
 import ultravox.training.checkpoint_store as module
 from ultravox.errors import CheckpointError, UltravoxError
 from ultravox.files import sha256_file
 from ultravox.training.checkpoint import FILES, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from ultravox.training.checkpoint_store import CheckpointStore, download_newest, require_store
+from ultravox.training.trainer import LoopSettings, run_stage
 
 
 def some(step, **metrics):
@@ -61,12 +63,67 @@ def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
         checkpoint = some(1)
         store.save("a", 1, checkpoint)
         assert kept(tmp_path) == []
+        store.settle()
         checkpoint.trainable["w"].fill_(99)
         release.set()
         store.save("a", 2, some(2))
         assert "a-000001" in kept(tmp_path), "the first is whole before the second begins"
     assert kept(tmp_path) == ["a-000001", "a-000002"]
     assert load_checkpoint(list_checkpoints(tmp_path, ["a"])[0]).trainable["w"].eq(1).all()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_no_weight_changes_before_it_is_copied(tmp_path, monkeypatch, waits):
+    """A slow copy holds the next update up, and is of its own step; without `settle` it would be of a later one."""
+    real = CheckpointStore.copied
+
+    def slow(self, tensors):
+        time.sleep(0.1)
+        return real(self, tensors)
+
+    monkeypatch.setattr(CheckpointStore, "copied", slow)
+    task = ToyTask(num_examples=64)
+    optimizer = toy_optimizer(task)
+    expected = {}
+    with CheckpointStore(tmp_path, ["toy"], keep_every=1) as store:
+
+        def save(state):
+            checkpoint = Checkpoint(task.trainable_state(), optimizer.state_dict(), {})
+            expected[state.step] = {
+                name: tensor.clone()
+                for part in (checkpoint.trainable, checkpoint.optimizer)
+                for name, tensor in part.items()
+            }
+            store.save("toy", state.step, checkpoint)
+
+        settle = store.settle if waits else (lambda: None)
+        settings = LoopSettings(stage="toy", max_steps=4, checkpoint_every=1)
+        run_stage(task, optimizer, settings, task.load, save=save, settle=settle)
+    found = {int(folder.name[-6:]): load_checkpoint(folder) for folder in list_checkpoints(tmp_path, ["toy"])}
+    assert found.keys() == expected.keys() == {1, 2, 3, 4}
+    same = [
+        torch.equal(tensor, expected[step][name])
+        for step, checkpoint in found.items()
+        for part in (checkpoint.trainable, checkpoint.optimizer)
+        for name, tensor in part.items()
+    ]
+    assert all(same) == waits
+
+
+def test_what_cannot_be_copied_is_told_and_holds_nobody_up(tmp_path, monkeypatch):
+    def failing(self, tensors):
+        raise UltravoxError("the GPU is gone")
+
+    monkeypatch.setattr(CheckpointStore, "copied", failing)
+    store = CheckpointStore(tmp_path, ["a"])
+    store.save("a", 1, some(1))
+    waiter = threading.Thread(target=store.settle)
+    waiter.start()
+    waiter.join(10)
+    assert not waiter.is_alive()
+    with pytest.raises(UltravoxError, match="the GPU is gone"):
+        store.join()
+    assert kept(tmp_path) == []
 
 
 def test_in_the_foreground_it_is_there_at_once(tmp_path):
@@ -185,5 +242,6 @@ def test_copying_takes_little_of_the_time_of_writing(tmp_path):
         with CheckpointStore(tmp_path, ["a"], background=background) as store:
             begin = time.monotonic()
             store.save("a", 1, big)
+            store.settle()  # as if the next update came at once
             times[background] = time.monotonic() - begin
     assert times[True] < 0.5 * times[False]

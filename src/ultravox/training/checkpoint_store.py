@@ -1,8 +1,8 @@
 """Which checkpoints a run keeps, and their writing beside training, here and in a store elsewhere.
 
-A checkpoint is written from a copy, so that training goes on meanwhile; one is in writing at a time. What failed is
-told when the next one is saved, or at the end: a run whose checkpoints cannot be written does not go on as if they
-were.
+A checkpoint is written from a copy, so that training goes on meanwhile; one is in writing at a time. The copy too is
+made beside training, which waits for it before it changes a weight (`settle`). What failed is told when the next one
+is saved, or at the end: a run whose checkpoints cannot be written does not go on as if they were.
 """
 
 import json
@@ -51,6 +51,9 @@ class CheckpointStore:
         self._last, self._every, self._best = keep_last, keep_every, keep_best
         self._background, self._upload = background, upload
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        """Set as long as no tensor that was given to `save` is still to be read."""
+        self._copied.set()
         self._error: BaseException | None = None
 
     @classmethod
@@ -72,6 +75,8 @@ class CheckpointStore:
     def save(self, stage: str, step: int, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, and remove those that are no longer kept. Waits for the one before it.
 
+        Its tensors must stay as they are until `settle` returns.
+
         Raises:
             UltravoxError: the one before it, or this one, could not be written.
         """
@@ -80,11 +85,15 @@ class CheckpointStore:
         if not self._background:
             self._write(folder, checkpoint)
             return
-        copy = Checkpoint(self.copied(checkpoint.trainable), self.copied(checkpoint.optimizer), checkpoint.state)
+        self._copied.clear()
         # Not a daemon: at a normal end the interpreter waits for it. A kill leaves a temporary folder, which is no
         # checkpoint and which the next one to be written clears away.
-        self._thread = threading.Thread(target=self._try, args=(folder, copy), name="checkpoint")
+        self._thread = threading.Thread(target=self._try, args=(folder, checkpoint), name="checkpoint")
         self._thread.start()
+
+    def settle(self) -> None:
+        """Wait until the tensors of what was saved may change."""
+        self._copied.wait()
 
     def join(self) -> None:
         """Wait until what was saved is whole. Raises what stood in its way."""
@@ -108,9 +117,13 @@ class CheckpointStore:
 
     def _try(self, folder: Path, checkpoint: Checkpoint) -> None:
         try:
-            self._write(folder, checkpoint)
+            trainable, optimizer = self.copied(checkpoint.trainable), self.copied(checkpoint.optimizer)
+            self._copied.set()
+            self._write(folder, Checkpoint(trainable, optimizer, checkpoint.state))
         except BaseException as error:  # told by `join`, in the thread that trains
             self._error = error
+        finally:
+            self._copied.set()
 
     def _write(self, folder: Path, checkpoint: Checkpoint) -> None:
         save_checkpoint(folder, checkpoint)

@@ -117,6 +117,8 @@ def train_stage(context: StageRun, start: checkpoints.Checkpoint | None) -> None
         )
         if engine.is_main or engine.saves_parts:
             context.store.save(stage.name, state.step, checkpoint)
+            if state.step == stage.max_steps or optimizer.averages:  # other weights take their places at once
+                context.store.settle()
             if config.logging.upload_checkpoints:
                 context.store.join()  # trackers read the files
                 tracking.on_checkpoint(
@@ -138,6 +140,7 @@ def train_stage(context: StageRun, start: checkpoints.Checkpoint | None) -> None
             state=state,
             callbacks=callbacks,
             save=save,
+            settle=context.store.settle,
             stop=context.stop,
             engine=engine,
         )

@@ -154,6 +154,7 @@ def run_stage(
     state: LoopState | None = None,
     callbacks: Sequence[Callback] = (),
     save: Callable[[LoopState], None] = lambda state: None,
+    settle: Callable[[], None] = lambda: None,
     stop: StopRequest | None = None,
     engine: Engine | None = None,
 ) -> LoopState:
@@ -167,6 +168,7 @@ def run_stage(
         state: where to go on; None = at the beginning.
         callbacks: watchers.
         save: writes a checkpoint; called at `checkpoint_every`, at the end, and before stopping.
+        settle: waits until what was saved no longer needs the weights and moments; called before they change.
         stop: a request to end after the step in hand; one rank's is all ranks'.
         engine: shares the steps with other ranks, on which the same stage runs; None = this process by itself.
 
@@ -180,7 +182,7 @@ def run_stage(
     with closing(load(state)) as steps:  # type: ignore[type-var]
         if settings.scales_loss and not state.step:
             state.loss_scale = FIRST_SCALE
-        loop = _Loop(task, optimizer, settings, engine or Engine(), StopRequest() if stop is None else stop)
+        loop = _Loop(task, optimizer, settings, engine or Engine(), StopRequest() if stop is None else stop, settle)
         loop.run(steps, state, begin, callbacks, save)
     return state
 
@@ -246,6 +248,7 @@ class _Loop:
     settings: LoopSettings
     engine: Engine
     stop: StopRequest
+    settle: Callable[[], None] = lambda: None
 
     def run(
         self,
@@ -277,9 +280,8 @@ class _Loop:
             if last or settings.evaluates_after(state.step):
                 self._evaluate(state, callbacks)
             state.seconds = time.monotonic() - begin
-            reason = record.stop_reason
-            if self.engine.world_size == 1:  # also of a signal during the evaluation; among ranks, all must know of it
-                reason = self.stop.reason
+            # also of a signal during the evaluation; among ranks, all must know of it
+            reason = self.stop.reason if self.engine.world_size == 1 else record.stop_reason
             due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
             if last or reason is not None or due:
                 with self.optimizer.averaged():
@@ -365,6 +367,7 @@ class _Loop:
         self.engine.reduce(self.optimizer.parameters)
         if not (math.isfinite(counts.loss_sum) and counts.count > 0):
             return math.nan
+        self.settle()
         every = settings.measure_every
         measure = bool(every) and ((step + 1) % every == 0 or step + 1 == settings.max_steps)
         return self.optimizer.step(
