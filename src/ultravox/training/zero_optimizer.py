@@ -34,8 +34,8 @@ class _Part:
 class ZeroOptimizer(Optimizer):
     """AdamW by DeepSpeed's ZeRO. Collective: all ranks must call each method alike.
 
-    A parameter that has no gradient in a step on any rank counts as one with a gradient of zeros if another one has:
-    DeepSpeed's vectors are updated as wholes, where `Optimizer` leaves such a parameter alone.
+    A parameter that has no gradient in a step counts as one with a gradient of zeros: DeepSpeed's vectors are updated
+    as wholes, where `Optimizer` leaves such a parameter alone.
     """
 
     def __init__(
