@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_run import save_tiny_models, tiny_config
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModel, Wav2Vec2BertConfig, Wav2Vec2Config
 
 from ultravox.cli.main import main
 from ultravox.config.load import dump_config, load_config
@@ -71,6 +72,39 @@ def test_activations_are_what_the_allocator_hands_out(models, tmp_path, model, p
         assert sum(estimate.parameters.values()) == sum(p.numel() for p in real.parameters())
         assert estimate.memory.weights == sum(t.nbytes for t in (*real.parameters(), *real.buffers()))
         assert estimate.memory.gradients == sum(p.nbytes for p in real.parameters() if p.requires_grad)
+
+
+PROJECTORS = ["linear", "mlp", "conv", "transformer", "qformer", "ctc_weighted"]
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_each_projector_counts_as_it_is(models, tmp_path, projector):
+    config = config_of(models, tmp_path, model={"projector": projector, "projector_hidden_size": 2048})
+    estimates = estimate_run(config, clip_seconds=2.0, text_tokens=40)
+    real = build_model(config.model)
+    trainable = {name: p for name, p in real.named_parameters() if p.requires_grad}
+    choose_trainable(trainable, config.stages[-1])
+    work = BatchWork(real, config.stages[-1], 2.0, 40)
+    work.prepare()
+    work()
+    estimate = estimates[-1]
+    assert (work.rows, work.audio_tokens) == (estimate.batch.rows, estimate.batch.audio_tokens)
+    assert estimate.trainable["projector"] == sum(p.numel() for p in real.multi_modal_projector.parameters()) > 0
+    assert allocated(work, tmp_path) == pytest.approx(estimate.memory.activations, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [Wav2Vec2Config, Wav2Vec2BertConfig])
+def test_encoders_of_other_kinds(models, tmp_path, kind):
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    kind(**small, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2).save_pretrained(tmp_path / "encoder")
+    encoder = {"audio_encoder": str(tmp_path / "encoder"), "train_audio_encoder": True}
+    estimate = estimate_run(config_of(models, tmp_path, model=encoder), clip_seconds=2.0)[-1]
+    with torch.device("meta"):
+        expected = sum(
+            p.numel() for p in AutoModel.from_config(kind.from_pretrained(tmp_path / "encoder")).parameters()
+        )
+    assert estimate.parameters["audio_encoder"] == expected
+    assert 0 < estimate.trainable["audio_encoder"] <= expected
 
 
 def test_checkpointed_layers_take_less(models, tmp_path):
@@ -172,6 +206,8 @@ def test_what_it_says(models, tmp_path, capsys):
         (["--ranks", "0"], "expected a number above 0, got '0'"),
         (["--mfu", "1.5"], "expected a share up to 1"),
         (["--clip-seconds", "30"], "more than max_batch_tokens"),
+        (["--clip-seconds", "31"], "longer audio is cut into windows of 30 s"),
+        (["--model.projector", "ctc_compressed"], "which shapes alone do not tell: estimate ctc_weighted"),
         (["--model.language_model", "nobody/nothing"], "an estimate needs its config.json alone"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultravox.audio.lengths import SAMPLE_RATE
+from ultravox.audio.lengths import MAX_WINDOW_SAMPLES, SAMPLE_RATE
 from ultravox.config.schema import StageConfig
 from ultravox.errors import ConfigError
 from ultravox.estimate.peak import PeakMemory
@@ -54,7 +54,7 @@ def largest_batch(model: UltravoxModel, stage: StageConfig, clip_seconds: float,
         text_tokens: of each row of a `tune` stage, prompt and answer.
 
     Raises:
-        ConfigError: not one such row fits into the stage's batch.
+        ConfigError: not one such row fits into the stage's batch, or it is longer than a window.
     """
     work = BatchWork(model, stage, clip_seconds, text_tokens)
     memory = PeakMemory()
@@ -76,6 +76,11 @@ class BatchWork:
         tower = model.audio_tower
         self.model, self.seconds = model, clip_seconds
         num_samples = round(clip_seconds * SAMPLE_RATE)
+        if num_samples > MAX_WINDOW_SAMPLES:
+            raise ConfigError(
+                f"--clip-seconds {clip_seconds:g}: longer audio is cut into windows of "
+                f"{MAX_WINDOW_SAMPLES / SAMPLE_RATE:g} s, each of which is encoded by itself: give that at most"
+            )
         self._length = tower.output_length(num_samples)
         with with_memory():
             self._features = tuple(torch.as_tensor(tower.features(np.zeros(num_samples, dtype=np.float32))).shape)

@@ -92,6 +92,11 @@ def estimate_run(
         kind = "ddp" if ranks > 1 else "single"
     if (kind == "single") != (ranks == 1):
         raise ConfigError(f"engine.kind {kind} does not fit {ranks} processes: set --ranks, or engine.kind auto")
+    if config.model.projector == "ctc_compressed":
+        raise ConfigError(
+            "projector ctc_compressed makes as many positions as it hears, which shapes alone do not tell: estimate "
+            "ctc_weighted, which makes the most that there can be"
+        )
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     found = []
     with weightless(dtype):

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch._subclasses import fake_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig
 
 from ultravox.config.model import ModelConfig
@@ -19,8 +21,8 @@ from ultravox.model.loading import load_config
 from ultravox.model.modeling import UltravoxModel
 from ultravox.model.pretrained import quiet_loading, resolve_model
 
-MOST_KNOWN = 4096
-"""Tensors of so many numbers keep their values where they are made of a list: the lengths of a batch's clips."""
+MOST_KNOWN = 1 << 16
+"""Tensors of at most so many numbers keep their values where those are known: lengths, and masks of them."""
 
 
 @contextmanager
@@ -30,10 +32,22 @@ def weightless(dtype: torch.dtype) -> Iterator[None]:
     # without oneDNN, as on a GPU: its kernels for CPUs know no such tensors
     fake_tensor.CONSTANT_NUMEL_LIMIT, kernels._HAS_ONEDNN = MOST_KNOWN, False
     try:
-        with _default(dtype), fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        with _default(dtype), fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), _KnownPlaces():
             yield
     finally:
         fake_tensor.CONSTANT_NUMEL_LIMIT, kernels._HAS_ONEDNN = before
+
+
+class _KnownPlaces(TorchDispatchMode):
+    """Keeps the values of `torch.arange`, which masks of lengths are compared with."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket is not torch.ops.aten.arange or made.numel() > MOST_KNOWN:
+            return made
+        with fake_tensor.unset_fake_temporarily():
+            values = func(*args, **(kwargs or {})).tolist()
+        return torch.tensor(values, dtype=made.dtype)
 
 
 @contextmanager
@@ -84,9 +98,12 @@ def shapes_of(name: str) -> PretrainedConfig:
     if name in KNOWN:
         return AutoConfig.for_model(**KNOWN[name])
     try:
-        return load_config(resolve_model(name), name)
+        config = load_config(resolve_model(name), name)
     except ModelError as error:
         raise ModelError(
             f"{error}; an estimate needs its config.json alone, so name a folder with that, or one of "
             f"{', '.join(KNOWN)}"
         ) from error
+    if hasattr(config, "layerdrop"):
+        config.layerdrop = 0.0  # layers that are left out at random: as many as there can be
+    return config

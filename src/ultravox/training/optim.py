@@ -221,10 +221,7 @@ class Optimizer:
         Raises:
             CheckpointError: the parameters are not the same ones.
         """
-        endings = ("master", *sorted(self._rule.moments, key=len, reverse=True))
-        found = {next((key.removesuffix(f".{e}") for e in endings if key.endswith(f".{e}")), key) for key in state}
-        if unknown := sorted(found - set(self._named)):
-            raise CheckpointError(f"the optimizer state holds {unknown[0]!r}, which does not train here")
+        self._require_known(state)
         for name, master in self._masters.items():
             parameter = self._named[name]
             entry = {key: state[f"{name}.{key}"] for key in self._rule.moments if f"{name}.{key}" in state}
@@ -239,3 +236,10 @@ class Optimizer:
                 master.data.copy_(part_of_whole(state[f"{name}.master"], parameter))
         if self.averages:
             self._copy_masters()
+
+    def _require_known(self, state: Mapping[str, Tensor]) -> None:
+        """CheckpointError: a state is of a parameter that does not train here."""
+        endings = ("master", *sorted(self._rule.moments, key=len, reverse=True))
+        found = {next((key.removesuffix(f".{e}") for e in endings if key.endswith(f".{e}")), key) for key in state}
+        if unknown := sorted(found - set(self._named)):
+            raise CheckpointError(f"the optimizer state holds {unknown[0]!r}, which does not train here")

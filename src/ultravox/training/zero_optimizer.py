@@ -152,10 +152,7 @@ class ZeroOptimizer(Optimizer):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Optimizer`."""
-        keys = (*self._rule.moments, "master")
-        found = {next((key.removesuffix(f".{e}") for e in keys if key.endswith(f".{e}")), key) for key in state}
-        if unknown := sorted(found - set(self._named)):
-            raise CheckpointError(f"the optimizer state holds {unknown[0]!r}, which does not train here")
+        self._require_known(state)
         states = self._rule.optimizer.state
         steps = [float(value) for key, value in state.items() if key.endswith(".step")]
         for flat in self._flats() if steps else ():
